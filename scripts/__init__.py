@@ -1,0 +1,1 @@
+"""Programs, read top to bottom; installed as babl.scripts."""

@@ -1,0 +1,58 @@
+"""The wording of questions, contexts and answers: training, evaluation and chat all read it from here."""
+
+from typing import Literal
+
+from babl.errors import UserError
+
+Style = Literal["t5", "decoder"]
+
+NO_ANSWER = "unanswerable"
+"""The target text of a question without an answer."""
+
+CLEAN_ANSWER_VERSION = 1
+"""Raised whenever `clean_answer` changes: scores are comparable only under the same version."""
+
+
+def qa_prompt(question: str, context: str | None, style: Style = "t5") -> str:
+    """The question, with its context where there is one, in the words the model is trained on.
+
+    Whitespace inside both passes through untouched. The decoder style ends at `Answer:`, without a
+    space, because the space belongs to the first token of the answer (see `qa_target`).
+
+    Args:
+        question: The question x.
+        context: The passage c, or None for the arm that sees the question alone.
+        style: `t5` for encoder-decoders, `decoder` (context first) for decoder-only models.
+
+    Raises:
+        UserError: `style` is neither.
+    """
+    if style == "t5":
+        return f"question: {question}" if context is None else f"question: {question} context: {context}"
+    if style == "decoder":
+        passage = "" if context is None else f"Context: {context}\n"
+        return f"{passage}Question: {question}\nAnswer:"
+    raise UserError(f"prompt style '{style}': expected 't5' or 'decoder'")
+
+
+def qa_target(answer: str | None, style: Style = "t5") -> str:
+    """The text that follows `qa_prompt(..., style)`: the answer, or `NO_ANSWER` where there is none.
+
+    In the decoder style it starts with a space and continues the prompt: encode it with
+    `Tokenizer.encode_continuation`.
+
+    Raises:
+        UserError: `style` is neither `t5` nor `decoder`.
+    """
+    text = NO_ANSWER if answer is None else answer
+    if style == "t5":
+        return text
+    if style == "decoder":
+        return f" {text}"
+    raise UserError(f"prompt style '{style}': expected 't5' or 'decoder'")
+
+
+def clean_answer(text: str) -> str:
+    """The answer in a generated text: its first line, stripped; empty where that is `NO_ANSWER`."""
+    answer = text.split("\n", 1)[0].strip()
+    return "" if answer == NO_ANSWER else answer

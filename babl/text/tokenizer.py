@@ -1,0 +1,427 @@
+"""Text to ids and back: `tokenizer.json` and SentencePiece models behind one face.
+
+A folder holds `tokenizer.json` (any family), `spiece.model` (T5) or `tokenizer.model` (LLaMA 1 and 2); the
+first of these that is there is read. The ids of pad, eos, bos and unk come, each on its own, from the first
+of these that names it:
+
+1. `pad_token`, `eos_token`, ... in tokenizer_config.json
+2. the same keys in special_tokens_map.json
+3. `pad_token_id`, `eos_token_id`, ... in config.json (the first, where it lists several)
+4. the tokenizer file itself
+
+**Text is never control.** `</s>` or `<pad>` typed by a user is encoded as the characters it is written
+with, as SentencePiece does and transformers does not; who needs a control token looks it up with
+`token_to_id`. T5's sentinels `<extra_id_n>` are words of its pre-training task rather than control, and are
+recognised. The text between them is encoded piece by piece with a space before each: "<extra_id_0>. Hello" is
+[32099, 3, 5, 8774], what transformers calls the legacy behaviour and what its T5Tokenizer 5.17 gives.
+"""
+
+import io
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import sentencepiece
+import tokenizers
+
+from babl.errors import UserError
+
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
+SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+_NAMES = ("pad", "eos", "bos", "unk")
+_SPACE = "▁"  # how SentencePiece writes a space inside a piece
+_SENTINEL = re.compile(r"<extra_id_\d+>")
+
+
+class _Backend(Protocol):
+    """What the two libraries are reduced to."""
+
+    vocab_size: int
+    special: frozenset[int]  # ids that stand for no text
+    sentinels: dict[str, int]
+    own_ids: dict[str, int]  # pad, eos, bos, unk as far as the tokenizer file itself names them
+    prefixes_space: bool  # a space is put before whatever is encoded
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def token_to_id(self, token: str) -> int | None: ...
+
+
+class _JsonBackend:
+    """A `tokenizer.json`, without the truncation and padding that may be baked into it."""
+
+    def __init__(self, content: bytes) -> None:
+        spec = json.loads(content)
+        model, added = spec["model"], spec["added_tokens"]
+        self.special = frozenset(token["id"] for token in added if token["special"])
+        self._added = {token["content"]: token["id"] for token in added}
+        self.sentinels = {token: id for token, id in self._added.items() if _SENTINEL.fullmatch(token)}
+        if model["type"] == "Unigram":
+            # To a unigram model special tokens are pieces like any other, so text could spell them. A piece
+            # with a space cannot be spelled: the pre-tokenizer has split at every space or replaced it.
+            inside = [token for token in added if token["special"] and token["id"] < len(model["vocab"])]
+            for token in inside:
+                model["vocab"][token["id"]][0] = f" {token['content']}"
+            spec["added_tokens"] = [token for token in added if token not in inside]
+        unk = model.get("unk_id") if model["type"] == "Unigram" else self._added.get(model.get("unk_token"))
+        self.own_ids = {} if unk is None else {"unk": unk}
+
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # that is: as the text they are written with
+        self.vocab_size = 1 + max(max(self._tokenizer.get_vocab().values()), *self._added.values(), 0)
+        self.prefixes_space = (
+            self._tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith(_SPACE)
+        )
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._added[token] if token in self._added else self._tokenizer.token_to_id(token)
+
+
+class _SentencePieceBackend:
+    """A SentencePiece model, with the tokens that transformers keeps beside it in `added_tokens_decoder`.
+
+    T5's sentinels need no mention there: `extra_ids` of them follow the pieces, the last one first.
+    """
+
+    def __init__(self, content: bytes, settings: dict[str, Any], extra_ids: int) -> None:
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        size = self._processor.get_piece_size()
+        self._added = {f"<extra_id_{n}>": size + extra_ids - 1 - n for n in range(extra_ids)}
+        for id, token in settings.get("added_tokens_decoder", {}).items():
+            if int(id) >= size:
+                if not token["special"]:
+                    raise ValueError(f"only tokenizer.json can add an ordinary token: '{token['content']}'")
+                self._added[token["content"]] = int(id)
+        self.sentinels = {token: id for token, id in self._added.items() if _SENTINEL.fullmatch(token)}
+        mute = [id for id in range(size) if self._processor.is_control(id) or self._processor.is_unknown(id)]
+        self.special = frozenset([*mute, *self._added.values()])
+        ids = {name: getattr(self._processor, f"{name}_id")() for name in _NAMES}
+        self.own_ids = {name: id for name, id in ids.items() if id >= 0}
+        self.vocab_size = 1 + max(size - 1, *self._added.values(), 0)
+        self.prefixes_space = self._processor.encode("a", out_type=str)[0].startswith(_SPACE)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._processor.encode(list(texts))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        # As tokenizer.json does it, down to byte runs that are not UTF-8 and to a second leading space: the
+        # library's own decoding differs in both.
+        parts = []
+        for is_byte, run in itertools.groupby(ids, self._processor.is_byte):
+            pieces = self._processor.id_to_piece(list(run))
+            parts.append(_byte_text(pieces) if is_byte else "".join(pieces).replace(_SPACE, " "))
+        text = "".join(parts)
+        return text.removeprefix(" ") if self.prefixes_space else text
+
+    def token_to_id(self, token: str) -> int | None:
+        if token in self._added:
+            return self._added[token]
+        id = self._processor.piece_to_id(token)  # the id of <unk> for what it does not know
+        return id if self._processor.id_to_piece(id) == token else None
+
+
+def _byte_text(pieces: Sequence[str]) -> str:
+    """The text of byte pieces such as `<0xE2>`; a replacement character for each where they are not UTF-8."""
+    content = bytes(int(piece[3:5], 16) for piece in pieces)
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "\ufffd" * len(content)
+
+
+class Tokenizer:
+    """A tokenizer as models see it: ids without BOS, EOS or padding, which callers add where they belong.
+
+    Attributes:
+        vocab_size: The highest id plus one; a model may have more rows than that.
+        eos_id: Ends every sequence.
+        pad_id: None where the tokenizer has none (LLaMA).
+        bos_id: None where the family has none (T5).
+        unk_id: None where every text has ids (byte-level BPE).
+    """
+
+    def __init__(self, backend: _Backend, files: dict[str, bytes], ids: dict[str, int]) -> None:
+        self._backend = backend
+        self._files = files  # held, so that a checkpoint is whole even when the folder has gone meanwhile
+        self._special = backend.special.union(ids.values())
+        self._sentinels = re.compile(f"({'|'.join(backend.sentinels)})") if backend.sentinels else None
+        self.vocab_size = backend.vocab_size
+        self.eos_id = ids["eos"]
+        self.pad_id = ids.get("pad")
+        self.bos_id = ids.get("bos")
+        self.unk_id = ids.get("unk")
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text that stands alone; no BOS or EOS, no truncation."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns `encode` of each text, several times faster."""
+        if self._sentinels is None:
+            return self._backend.encode(texts)
+        split = [self._sentinels.split(text) for text in texts]  # text, sentinel, text, ...
+        plain = iter(self._backend.encode([part for parts in split for part in parts[::2]]))
+        rows = []
+        for parts in split:
+            row = next(plain)
+            for sentinel in parts[1::2]:
+                row += [self._backend.sentinels[sentinel], *next(plain)]
+            rows.append(row)
+        return rows
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Returns the ids of a text that follows other text: no space is put before it.
+
+        SentencePiece starts every text with a space of its own, so that `encode(" Paris")` holds two; after
+        "Answer:" the model has learned to expect one. Where the tokenizer does not merge over the boundary,
+        `encode(a) + encode_continuation(b) == encode(a + b)`.
+        """
+        if not self._backend.prefixes_space:
+            return self.encode(text)
+        anchor = self.encode("\n")  # takes the space; a byte to LLaMA, nothing to T5, part of no longer piece
+        return self.encode(f"\n{text}")[len(anchor) :]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of the ids, special ids left out, spaces as the model wrote them.
+
+        Raises:
+            ValueError: An id is outside of [0, vocab_size).
+        """
+        spoken = [id for id in ids if id not in self._special]
+        outside = next((id for id in spoken if not 0 <= id < self.vocab_size), None)
+        if outside is not None:
+            raise ValueError(f"token id {outside} is outside of the vocabulary of {self.vocab_size}")
+        return self._backend.decode(spoken)
+
+    def token_to_id(self, token: str) -> int | None:
+        """Returns the id of a token by its written form, special or not; None where there is none."""
+        return self._backend.token_to_id(token)
+
+    def save(self, folder: str | Path) -> None:
+        """The folder holds the files this tokenizer was loaded from, byte for byte."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self._files.items():
+            file = folder / name
+            if not (file.is_file() and file.read_bytes() == content):
+                file.write_bytes(content)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a model folder, whichever form it is stored in.
+
+    Args:
+        folder: Holds one of `TOKENIZER_FILES`, and tokenizer_config.json, special_tokens_map.json and the
+            model's config.json where it has them.
+
+    Raises:
+        UserError: There is no tokenizer in the folder, one of its files is corrupt, a special token is not in
+            the vocabulary, or no file says which token ends a sequence.
+    """
+    folder = Path(folder)
+    files = {
+        name: (folder / name).read_bytes()
+        for name in (*TOKENIZER_FILES, *SIDE_FILES)
+        if (folder / name).is_file()
+    }
+    name = next((name for name in TOKENIZER_FILES if name in files), None)
+    if name is None:
+        raise UserError(f"{folder}: no tokenizer here (expected one of {', '.join(TOKENIZER_FILES)})")
+    settings = _read_settings(folder / "tokenizer_config.json")
+    try:
+        backend = _read_backend(name, files[name], settings)
+    except Exception as error:  # the libraries raise nothing narrower
+        raise UserError(
+            f"{folder / name}: not a tokenizer that can be read ({_first_line(error)})"
+        ) from error
+    return Tokenizer(backend, files, _special_ids(folder, backend))
+
+
+def _read_backend(name: str, content: bytes, settings: dict[str, Any]) -> _Backend:
+    if name == "tokenizer.json":
+        return _JsonBackend(content)
+    # A folder that says nothing is one of the released T5's, which have a hundred.
+    return _SentencePieceBackend(
+        content, settings, settings.get("extra_ids", 100 if name == "spiece.model" else 0)
+    )
+
+
+def _special_ids(folder: Path, backend: _Backend) -> dict[str, int]:
+    """The ids of pad, eos, bos and unk as far as there are any; the later source wins."""
+    ids = dict(backend.own_ids)
+    config = _read_settings(folder / "config.json")
+    for name in _NAMES:
+        id = config.get(f"{name}_token_id")
+        id = id[0] if isinstance(id, list) and id else id
+        if isinstance(id, int) and id >= 0:  # old configs write -1 for none
+            ids[name] = id
+    for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        settings = _read_settings(file)
+        for name in _NAMES:
+            token = settings.get(f"{name}_token")
+            token = token["content"] if isinstance(token, dict) else token
+            if token is not None:
+                id = backend.token_to_id(token)
+                if id is None:
+                    raise UserError(f"{file}: {name}_token '{token}' is not in the vocabulary")
+                ids[name] = id
+    if "eos" not in ids:
+        raise UserError(
+            f"{folder}: no file says which token ends a sequence (eos_token in tokenizer_config.json)"
+        )
+    return ids
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is no file."""
+    try:
+        settings = json.loads(file.read_bytes()) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({_first_line(error)})") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(settings).__name__}")
+    return settings
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Tokenizer:
+    """The folder holds a T5-style unigram tokenizer of the texts: pad 0, eos 1, unk 2, no bos, no sentinels.
+
+    Every character of the texts is a piece and what is new later falls back to bytes, so nothing is unknown.
+    The same texts give the same files. Beside spiece.model there is a tokenizer.json with the same ids,
+    because transformers reads the former only where protobuf is installed.
+
+    Args:
+        texts: Each is one training sentence, however long.
+        vocab_size: An upper bound, in tokens; few texts may not fill it.
+        folder: Created where it does not exist.
+
+    Returns:
+        The tokenizer, as `load_tokenizer(folder)` gives it.
+
+    Raises:
+        UserError: `vocab_size` has no room for the bytes and characters, or there is no text.
+    """
+    sentences = list(texts)
+    longest = max(
+        [10, *(len(text.encode()) for text in sentences)]
+    )  # bytes; what is longer would be left out
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            byte_fallback=True,
+            character_coverage=1.0,
+            max_sentence_length=longest,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"vocab_size {vocab_size}: no tokenizer of {len(sentences)} texts ({_first_line(error)})"
+        ) from error
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    (folder / "tokenizer.json").write_text(_unigram_json(model.getvalue()), encoding="utf-8")
+    # The generic class takes tokenizer.json as it is; T5Tokenizer reads it too, but drops the byte fallback.
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "extra_ids": 0,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return load_tokenizer(folder)
+
+
+def _unigram_json(model: bytes) -> str:
+    """The `tokenizer.json` that gives the ids of a T5-style SentencePiece model."""
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    pieces = [
+        (processor.id_to_piece(id), processor.get_score(id)) for id in range(processor.get_piece_size())
+    ]
+    normalizer_spec = dict(_message_fields(model))[3]  # ModelProto.normalizer_spec
+    charsmap = dict(_message_fields(normalizer_spec))[2]  # NormalizerSpec.precompiled_charsmap
+
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.Unigram(pieces, unk_id=processor.unk_id(), byte_fallback=True)
+    )
+    tokenizer.normalizer = tokenizers.normalizers.Precompiled(charsmap)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.WhitespaceSplit(),
+            tokenizers.pre_tokenizers.Metaspace(_SPACE, prepend_scheme="always"),
+        ]
+    )
+    tokenizer.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace(_SPACE, " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    special = [
+        processor.id_to_piece(id) for id in (processor.pad_id(), processor.eos_id(), processor.unk_id())
+    ]
+    tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in special])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", processor.eos_id())]
+    )
+    return tokenizer.to_str()
+
+
+def _message_fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """The length-delimited fields of a serialised protobuf message, as (number, content)."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while at < len(message):
+        number, wire_type = divmod(varint(), 8)
+        if wire_type == 2:
+            length = varint()
+            yield number, message[at : at + length]
+            at += length
+        elif wire_type == 0:
+            varint()
+        else:
+            at += 8 if wire_type == 1 else 4

@@ -1,0 +1,59 @@
+"""What a model remembers between decoding steps."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Cache:
+    """Keys and values of every layer, in buffers written in place.
+
+    Attributes:
+        keys: One (B, K, T, D) per layer; T is the room reserved.
+        values: Like keys.
+        lengths: (B,) int64, positions already decided per row; the next tokens are written behind them.
+        cross: Keys and values over the source, one pair of (B, H, S, D) per layer (T5 only).
+        cross_bias: (B, 1, 1, S), hides the source's padding (T5 only).
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    lengths: Tensor
+    cross: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    cross_bias: Tensor | None = None
+
+    @classmethod
+    def empty(
+        cls, layers: int, batch: int, heads: int, room: int, width: int, dtype: torch.dtype, device: torch.device
+    ) -> "Cache":
+        """Returns a cache with nothing in it and room for `room` positions."""
+
+        def buffers() -> list[Tensor]:
+            return [torch.zeros(batch, heads, room, width, dtype=dtype, device=device) for _ in range(layers)]
+
+        return cls(buffers(), buffers(), torch.zeros(batch, dtype=torch.int64, device=device))
+
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, used: int) -> tuple[Tensor, Tensor]:
+        """Returns the layer's keys and values up to `used` positions, the new ones among them.
+
+        Args:
+            layer: Whose buffers.
+            k: (B, K, n, D), the new keys.
+            v: Like k.
+            positions: (B, n) int64, where each belongs.
+            used: Highest position + 1, at most the room.
+        """
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        self.keys[layer][rows, :, positions] = k.transpose(1, 2)  # indexing puts (B, n) first: (B, n, K, D)
+        self.values[layer][rows, :, positions] = v.transpose(1, 2)
+        return self.keys[layer][:, :, :used], self.values[layer][:, :, :used]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Only these rows, (N,) int64, remain, in this order."""
+        self.keys = [k[rows] for k in self.keys]
+        self.values = [v[rows] for v in self.values]
+        self.lengths = self.lengths[rows]
+        self.cross = [(k[rows], v[rows]) for k, v in self.cross]
+        self.cross_bias = None if self.cross_bias is None else self.cross_bias[rows]

@@ -1,0 +1,359 @@
+"""T5: an encoder-decoder that reads a text and writes a text.
+
+Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", and
+Shazeer 2020 for the gated form (v1.1, FLAN). What differs from the transformer of 2017: positions enter as a learned
+bias on the attention scores, one table per stack, shared by its blocks; scores are not divided by sqrt(D); norms have
+no mean and no bias and stand before each sub-layer; linear layers have no bias; v1.0 ties the head to the embedding
+and scales its input by C**-0.5.
+
+Shapes: B batch, S source, T target, C model width, H heads, D head width, F feed-forward, V vocabulary. H * D need
+not be C.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from babl import ops
+from babl.errors import UserError
+from babl.models.cache import Cache
+from babl.models.layers import Dropout, number_sites
+
+
+@dataclass
+class T5Config:
+    """Sizes and variants, by the names of transformers' T5Config."""
+
+    vocab_size: int = 32128
+    d_model: int = 512
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_layers: int = 6
+    num_decoder_layers: int = 6
+    num_heads: int = 8
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    dropout_rate: float = 0.1
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "relu"
+    tie_word_embeddings: bool = True
+    scale_decoder_outputs: bool = True
+    pad_token_id: int = 0
+    eos_token_id: int = 1
+    decoder_start_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.feed_forward_proj not in ("relu", "gated-gelu"):
+            raise UserError(
+                f"feed_forward_proj is {self.feed_forward_proj!r}, but T5 here knows 'relu' (v1.0) and 'gated-gelu' (v1.1)"
+            )
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], tied: bool) -> "T5Config":
+        """Returns the config of a folder written by transformers 4 or 5.
+
+        Args:
+            config: The parsed config.json.
+            tied: Whether the file holds one tensor for embedding and head; the config does not tell, because
+                version 5 writes `tie_word_embeddings: true` for every T5.
+        """
+        known = {name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None}
+        known["num_decoder_layers"] = config.get("num_decoder_layers") or config["num_layers"]
+        known["scale_decoder_outputs"] = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
+        known["tie_word_embeddings"] = tied
+        return cls(**known)
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns what config.json says of this model."""
+        return {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True} | asdict(self)
+
+
+class T5Attention(nn.Module):
+    """Multi-head attention without 1/sqrt(D); the bias comes from outside."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        inner = config.num_heads * config.d_kv
+        self.num_heads, self.d_kv = config.num_heads, config.d_kv
+        self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.k = nn.Linear(config.d_model, inner, bias=False)
+        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.dropout = Dropout(config.dropout_rate)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """Returns (B, S, H * D) as (B, H, S, D)."""
+        return x.unflatten(-1, (self.num_heads, self.d_kv)).transpose(1, 2)
+
+    def attend(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key: Tensor | None) -> Tensor:
+        """Returns what the positions of x, (B, T, C), gather from keys and values, (B, H, S, D)."""
+        active = self.training and self.dropout.p > 0
+        out = ops.attention(
+            self.heads(self.q(x)), k, v, bias, 1.0, (lambda probs: self.dropout(probs, key)) if active else None
+        )  # (B, H, T, D)
+        return self.o(out.transpose(1, 2).flatten(2))  # (B, T, C)
+
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns keys and values, each (B, H, S, D), of the source, (B, S, C)."""
+        return self.heads(self.k(source)), self.heads(self.v(source))
+
+
+class T5MLP(nn.Module):
+    """ReLU (v1.0), or GELU of one branch times the other (v1.1)."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.gated = config.feed_forward_proj == "gated-gelu"
+        self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
+        if self.gated:
+            self.gate = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.dropout = Dropout(config.dropout_rate)
+
+    def forward(self, x: Tensor, key: Tensor | None) -> Tensor:  # noqa: D102
+        if self.gated:
+            hidden = F.gelu(self.gate(x), approximate="tanh") * self.wi(x)  # (B, S, F)
+        else:
+            hidden = F.relu(self.wi(x))
+        return self.wo(self.dropout(hidden, key))
+
+
+class T5Norm(nn.Module):
+    """RMS norm with a weight."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.d_model))
+        self.eps = config.layer_norm_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class T5Block(nn.Module):
+    """Self-attention, cross-attention in the decoder, MLP: each on its norm, each added to the stream."""
+
+    def __init__(self, config: T5Config, is_decoder: bool):
+        super().__init__()
+        self.attention_norm, self.attention = T5Norm(config), T5Attention(config)
+        if is_decoder:
+            self.cross_norm, self.cross = T5Norm(config), T5Attention(config)
+        self.mlp_norm, self.mlp = T5Norm(config), T5MLP(config)
+        self.dropout = nn.ModuleList(Dropout(config.dropout_rate) for _ in range(3))
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor,
+        key: Tensor | None,
+        memory: Tensor | tuple[Tensor, Tensor] | None = None,
+        memory_bias: Tensor | None = None,
+        write: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """Returns the stream after this block, (B, T, C).
+
+        Args:
+            x: (B, T, C).
+            bias: Relative positions, mask and causality of the self-attention, broadcastable to (B, H, T, S).
+            key: (B,) int64 of the dropout, or None.
+            memory: The encoder's states (B, S, C), or its keys and values already made; None in the encoder.
+            memory_bias: (B, 1, 1, S), hides the source's padding.
+            write: Puts new keys and values into the cache and returns all; None where x is the whole sequence.
+        """
+        normed = self.attention_norm(x)
+        k, v = self.attention.keys_values(normed)
+        if write is not None:
+            k, v = write(k, v)
+        x = x + self.dropout[0](self.attention.attend(normed, k, v, bias, key), key)
+        if memory is not None:
+            k, v = self.cross.keys_values(memory) if isinstance(memory, Tensor) else memory
+            x = x + self.dropout[1](self.cross.attend(self.cross_norm(x), k, v, memory_bias, key), key)
+        return x + self.dropout[2](self.mlp(self.mlp_norm(x), key), key)
+
+
+def relative_bucket(delta: Tensor, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
+    """Returns the bucket of each distance key - query: exact when near, logarithmic when far, one beyond the maximum.
+
+    Args:
+        delta: Any shape, int64.
+        bidirectional: Half of the buckets are for keys to the right; otherwise those share bucket 0.
+        num_buckets: Rows of the table.
+        max_distance: In tokens; all beyond share the last bucket.
+
+    Ref: transformers' T5Attention._relative_position_bucket; the logarithm is taken in fp32, as there.
+    """
+    offset = torch.zeros_like(delta)
+    if bidirectional:
+        num_buckets //= 2
+        offset = (delta > 0) * num_buckets
+        distance = delta.abs()
+    else:
+        distance = -delta.clamp(max=0)
+    exact = num_buckets // 2
+    far = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (num_buckets - exact)
+    far = (exact + far.long()).clamp(max=num_buckets - 1)
+    return offset + torch.where(distance < exact, distance, far)
+
+
+class T5Stack(nn.Module):
+    """The encoder or the decoder: blocks that share one table of position biases."""
+
+    def __init__(self, config: T5Config, is_decoder: bool):
+        super().__init__()
+        self.is_decoder = is_decoder
+        self.buckets = config.relative_attention_num_buckets, config.relative_attention_max_distance
+        layers = config.num_decoder_layers if is_decoder else config.num_layers
+        self.relative_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+        self.blocks = nn.ModuleList(T5Block(config, is_decoder) for _ in range(layers))
+        self.final_norm = T5Norm(config)
+        self.dropout = nn.ModuleList(Dropout(config.dropout_rate) for _ in range(2))
+
+    def position_bias(self, queries: Tensor, num_keys: int) -> Tensor:
+        """Returns the bias (B, H, T, S) between query positions, (B, T) int64, and keys 0 .. S-1.
+
+        In the decoder it also hides the keys behind each query.
+        """
+        delta = torch.arange(num_keys, device=queries.device) - queries.unsqueeze(-1)  # (B, T, S)
+        bias = self.relative_bias(relative_bucket(delta, not self.is_decoder, *self.buckets)).permute(0, 3, 1, 2)
+        if self.is_decoder:
+            bias = bias.masked_fill((delta > 0).unsqueeze(1), torch.finfo(bias.dtype).min)
+        return bias  # (B, H, T, S)
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor,
+        key: Tensor | None = None,
+        memory: Tensor | None = None,
+        memory_bias: Tensor | None = None,
+        cache: Cache | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the last states, (B, T, C), of embedded tokens x, (B, T, C).
+
+        With a cache, x continues it at `positions`, (B, T) int64, and the source's keys and values come from it.
+        """
+        x = self.dropout[0](x, key)
+        for layer, block in enumerate(self.blocks):
+            if cache is None:
+                x = block(x, bias, key, memory, memory_bias)
+            else:
+                write = partial(cache.write, layer, positions=positions, used=bias.shape[-1])
+                x = block(x, bias, key, cache.cross[layer], cache.cross_bias, write)
+        return self.dropout[1](self.final_norm(x), key)
+
+
+class T5(nn.Module):
+    """Encoder, decoder and head."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = T5Stack(config, is_decoder=False)
+        self.decoder = T5Stack(config, is_decoder=True)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.shared.weight
+        number_sites(self)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Every parameter is drawn anew, from `generator` alone."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+                continue
+            std = 0.1 if name == "shared.weight" else parameter.shape[-1] ** -0.5
+            parameter.normal_(0.0, std, generator=generator)
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns the encoder's states, (B, S, C), and the bias that hides padding, (B, 1, 1, S)."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        x = self.shared(input_ids)  # (B, S, C)
+        hide = ops.mask_bias(attention_mask.bool()[:, None, None, :], x.dtype)  # (B, 1, 1, S)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, S)
+        bias = self.encoder.position_bias(positions, input_ids.shape[1])  # (1, H, S, S)
+        return self.encoder(x, bias + hide, key), hide
+
+    def head(self, x: Tensor) -> Tensor:
+        """Returns logits (..., V) of decoder states (..., C)."""
+        return self.lm_head(x * self.config.d_model**-0.5 if self.config.scale_decoder_outputs else x)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        decoder_input_ids: Tensor,
+        logits_at: Tensor | None = None,
+        dropout_key: Tensor | None = None,
+    ) -> Tensor:
+        """Returns logits (B, T, V) for the token after each decoder input, or (N, V) at the places asked for.
+
+        Args:
+            input_ids: (B, S) int64.
+            attention_mask: (B, S), 0 on padding, on any side; all ones where None.
+            decoder_input_ids: (B, T) int64, beginning with the decoder's start token.
+            logits_at: (B, T) bool with N true; the head runs on those rows alone.
+            dropout_key: (B,) int64, see `ops.dropout`; torch's own generator where None.
+        """
+        memory, hide = self.encode(input_ids, attention_mask, dropout_key)
+        length = decoder_input_ids.shape[1]
+        positions = torch.arange(length, device=input_ids.device)[None]  # (1, T)
+        bias = self.decoder.position_bias(positions, length)  # (1, H, T, T)
+        x = self.decoder(self.shared(decoder_input_ids), bias, dropout_key, memory, hide)  # (B, T, C)
+        return self.head(x if logits_at is None else x[logits_at])
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor, room: int) -> tuple[Cache, Tensor]:
+        """Returns a cache with room for `room` new tokens and the logits (B, V) of the first of them.
+
+        The source is read once: the cross-attention's keys and values of every layer are made here.
+        """
+        memory, hide = self.encode(input_ids, attention_mask)
+        config, batch = self.config, input_ids.shape[0]
+        cache = Cache.empty(
+            config.num_decoder_layers, batch, config.num_heads, room + 1, config.d_kv, memory.dtype, memory.device
+        )
+        cache.cross = [block.cross.keys_values(memory) for block in self.decoder.blocks]
+        cache.cross_bias = hide
+        start = torch.full((batch, 1), config.decoder_start_token_id, device=input_ids.device)
+        return cache, self.decode(start, cache)[:, -1]
+
+    def decode(self, ids: Tensor, cache: Cache) -> Tensor:
+        """Returns logits (B, n, V) for the token after each of the new tokens, (B, n) int64, which enter the cache."""
+        positions = cache.lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)  # (B, n)
+        bias = self.decoder.position_bias(positions, int(positions.max()) + 1)  # (B, H, n, used)
+        x = self.decoder(self.shared(ids), bias, cache=cache, positions=positions)  # (B, n, C)
+        cache.lengths = cache.lengths + ids.shape[1]
+        return self.head(x)
+
+
+def hf_keys(config: T5Config) -> dict[str, str]:
+    """Returns the name of each parameter here -> its name in a transformers folder."""
+    keys = {"shared.weight": "shared.weight"}
+    if not config.tie_word_embeddings:
+        keys["lm_head.weight"] = "lm_head.weight"
+    for stack, layers in (("encoder", config.num_layers), ("decoder", config.num_decoder_layers)):
+        keys[f"{stack}.relative_bias.weight"] = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        keys[f"{stack}.final_norm.weight"] = f"{stack}.final_layer_norm.weight"
+        sublayers = [("attention", "SelfAttention", "qkvo"), ("cross", "EncDecAttention", "qkvo"), ("mlp", "DenseReluDense", "")]
+        if stack == "encoder":
+            del sublayers[1]
+        for i in range(layers):
+            for j, (ours, theirs, parts) in enumerate(sublayers):
+                keys[f"{stack}.blocks.{i}.{ours}_norm.weight"] = f"{stack}.block.{i}.layer.{j}.layer_norm.weight"
+                names = {part: part for part in parts} or MLP_KEYS[config.feed_forward_proj]
+                for name, hf in names.items():
+                    keys[f"{stack}.blocks.{i}.{ours}.{name}.weight"] = f"{stack}.block.{i}.layer.{j}.{theirs}.{hf}.weight"
+    return keys
+
+
+MLP_KEYS = {"relu": {"wi": "wi", "wo": "wo"}, "gated-gelu": {"gate": "wi_0", "wi": "wi_1", "wo": "wo"}}

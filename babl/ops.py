@@ -29,7 +29,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, drop_probs=None, *, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    drop_probs=None,
+    *,
+    causal: bool = False,
 ) -> Tensor:
     """Returns softmax(scale · q kᵀ + bias) v.
 

@@ -1,0 +1,5 @@
+"""T5, and the folders models live in."""
+
+from babl.models.weights import from_pretrained, save_pretrained
+
+__all__ = ["from_pretrained", "save_pretrained"]

@@ -26,7 +26,14 @@ class Cache:
 
     @classmethod
     def empty(
-        cls, layers: int, batch: int, heads: int, room: int, width: int, dtype: torch.dtype, device: torch.device
+        cls,
+        layers: int,
+        batch: int,
+        heads: int,
+        room: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> "Cache":
         """Returns a cache with nothing in it and room for `room` positions."""
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from babl.models.layers import Dropout, number_sites
 class T5Config:
     """Sizes and variants, by the names of transformers' T5Config."""
 
+    model_type: ClassVar[str] = "t5"
     vocab_size: int = 32128
     d_model: int = 512
     d_kv: int = 64
@@ -65,13 +66,20 @@ class T5Config:
         """
         known = {name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None}
         known["num_decoder_layers"] = config.get("num_decoder_layers") or config["num_layers"]
-        known["scale_decoder_outputs"] = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
+        known["scale_decoder_outputs"] = config.get(
+            "scale_decoder_outputs", config.get("tie_word_embeddings", True)
+        )
         known["tie_word_embeddings"] = tied
         return cls(**known)
 
     def to_hf(self) -> dict[str, Any]:
         """Returns what config.json says of this model."""
-        return {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True} | asdict(self)
+        named = {
+            "architectures": ["T5ForConditionalGeneration"],
+            "model_type": "t5",
+            "is_encoder_decoder": True,
+        }
+        return named | asdict(self)
 
 
 class T5Attention(nn.Module):
@@ -95,7 +103,12 @@ class T5Attention(nn.Module):
         """Returns what the positions of x, (B, T, C), gather from keys and values, (B, H, S, D)."""
         active = self.training and self.dropout.p > 0
         out = ops.attention(
-            self.heads(self.q(x)), k, v, bias, 1.0, (lambda probs: self.dropout(probs, key)) if active else None
+            self.heads(self.q(x)),
+            k,
+            v,
+            bias,
+            1.0,
+            (lambda probs: self.dropout(probs, key)) if active else None,
         )  # (B, H, T, D)
         return self.o(out.transpose(1, 2).flatten(2))  # (B, T, C)
 
@@ -196,7 +209,11 @@ def relative_bucket(delta: Tensor, bidirectional: bool, num_buckets: int, max_di
     else:
         distance = -delta.clamp(max=0)
     exact = num_buckets // 2
-    far = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (num_buckets - exact)
+    far = (
+        torch.log(distance.clamp(min=1).float() / exact)
+        / math.log(max_distance / exact)
+        * (num_buckets - exact)
+    )
     far = (exact + far.long()).clamp(max=num_buckets - 1)
     return offset + torch.where(distance < exact, distance, far)
 
@@ -220,7 +237,9 @@ class T5Stack(nn.Module):
         In the decoder it also hides the keys behind each query.
         """
         delta = torch.arange(num_keys, device=queries.device) - queries.unsqueeze(-1)  # (B, T, S)
-        bias = self.relative_bias(relative_bucket(delta, not self.is_decoder, *self.buckets)).permute(0, 3, 1, 2)
+        bias = self.relative_bias(relative_bucket(delta, not self.is_decoder, *self.buckets)).permute(
+            0, 3, 1, 2
+        )
         if self.is_decoder:
             bias = bias.masked_fill((delta > 0).unsqueeze(1), torch.finfo(bias.dtype).min)
         return bias  # (B, H, T, S)
@@ -259,9 +278,13 @@ class T5(nn.Module):
         self.encoder = T5Stack(config, is_decoder=False)
         self.decoder = T5Stack(config, is_decoder=True)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.shared.weight
+        self.tie_weights()
         number_sites(self)
+
+    def tie_weights(self) -> None:
+        """Head and embedding are one parameter, where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.shared.weight
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
@@ -273,7 +296,9 @@ class T5(nn.Module):
             std = 0.1 if name == "shared.weight" else parameter.shape[-1] ** -0.5
             parameter.normal_(0.0, std, generator=generator)
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor | None, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, input_ids: Tensor, attention_mask: Tensor | None, key: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Returns the encoder's states, (B, S, C), and the bias that hides padding, (B, 1, 1, S)."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -320,7 +345,13 @@ class T5(nn.Module):
         memory, hide = self.encode(input_ids, attention_mask)
         config, batch = self.config, input_ids.shape[0]
         cache = Cache.empty(
-            config.num_decoder_layers, batch, config.num_heads, room + 1, config.d_kv, memory.dtype, memory.device
+            config.num_decoder_layers,
+            batch,
+            config.num_heads,
+            room + 1,
+            config.d_kv,
+            memory.dtype,
+            memory.device,
         )
         cache.cross = [block.cross.keys_values(memory) for block in self.decoder.blocks]
         cache.cross_bias = hide
@@ -342,18 +373,35 @@ def hf_keys(config: T5Config) -> dict[str, str]:
     if not config.tie_word_embeddings:
         keys["lm_head.weight"] = "lm_head.weight"
     for stack, layers in (("encoder", config.num_layers), ("decoder", config.num_decoder_layers)):
-        keys[f"{stack}.relative_bias.weight"] = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        keys[f"{stack}.relative_bias.weight"] = (
+            f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        )
         keys[f"{stack}.final_norm.weight"] = f"{stack}.final_layer_norm.weight"
-        sublayers = [("attention", "SelfAttention", "qkvo"), ("cross", "EncDecAttention", "qkvo"), ("mlp", "DenseReluDense", "")]
+        sublayers = [
+            ("attention", "SelfAttention", "qkvo"),
+            ("cross", "EncDecAttention", "qkvo"),
+            ("mlp", "DenseReluDense", ""),
+        ]
         if stack == "encoder":
             del sublayers[1]
         for i in range(layers):
             for j, (ours, theirs, parts) in enumerate(sublayers):
-                keys[f"{stack}.blocks.{i}.{ours}_norm.weight"] = f"{stack}.block.{i}.layer.{j}.layer_norm.weight"
+                keys[f"{stack}.blocks.{i}.{ours}_norm.weight"] = (
+                    f"{stack}.block.{i}.layer.{j}.layer_norm.weight"
+                )
                 names = {part: part for part in parts} or MLP_KEYS[config.feed_forward_proj]
                 for name, hf in names.items():
-                    keys[f"{stack}.blocks.{i}.{ours}.{name}.weight"] = f"{stack}.block.{i}.layer.{j}.{theirs}.{hf}.weight"
+                    keys[f"{stack}.blocks.{i}.{ours}.{name}.weight"] = (
+                        f"{stack}.block.{i}.layer.{j}.{theirs}.{hf}.weight"
+                    )
     return keys
 
 
+IGNORED_KEYS = frozenset(
+    (
+        "encoder.embed_tokens.weight",
+        "decoder.embed_tokens.weight",
+        "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+    )
+)
 MLP_KEYS = {"relu": {"wi": "wi", "wo": "wo"}, "gated-gelu": {"gate": "wi_0", "wi": "wi_1", "wo": "wo"}}

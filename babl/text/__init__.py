@@ -1,5 +1,5 @@
 """Text to ids and back, and the one place where prompts are worded."""
 
-from babl.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from babl.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
-__all__ = ["Tokenizer", "load_tokenizer", "train_sentencepiece"]
+__all__ = ["Tokenizer", "load_tokenizer", "train_tokenizer"]

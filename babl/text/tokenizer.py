@@ -16,11 +16,10 @@ recognised. The text between them is encoded piece by piece with a space before 
 [32099, 3, 5, 8774], what transformers calls the legacy behaviour and what its T5Tokenizer 5.17 gives.
 """
 
-import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +33,7 @@ SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.
 
 _NAMES = ("pad", "eos", "bos", "unk")
 _SPACE = "▁"  # how SentencePiece writes a space inside a piece
+_BYTE_SPACE = "Ġ"  # how byte-level BPE does
 _SENTINEL = re.compile(r"<extra_id_\d+>")
 
 
@@ -77,9 +77,8 @@ class _JsonBackend:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # that is: as the text they are written with
         self.vocab_size = 1 + max(max(self._tokenizer.get_vocab().values()), *self._added.values(), 0)
-        self.prefixes_space = (
-            self._tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith(_SPACE)
-        )
+        first = self._tokenizer.encode("a", add_special_tokens=False).tokens[0]
+        self.prefixes_space = first.startswith((_SPACE, _BYTE_SPACE))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -301,127 +300,42 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Tokenizer:
-    """The folder holds a T5-style unigram tokenizer of the texts: pad 0, eos 1, unk 2, no bos, no sentinels.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Tokenizer:
+    """The folder holds a byte-level BPE tokenizer of the texts: pad 0, eos 1, no bos, nothing unknown.
 
-    Every character of the texts is a piece and what is new later falls back to bytes, so nothing is unknown.
-    The same texts give the same files. Beside spiece.model there is a tokenizer.json with the same ids,
-    because transformers reads the former only where protobuf is installed.
+    The same texts give the same file. A word has the same ids at the start of a text as behind a space.
 
     Args:
-        texts: Each is one training sentence, however long.
+        texts: What it will read.
         vocab_size: An upper bound, in tokens; few texts may not fill it.
         folder: Created where it does not exist.
 
-    Returns:
-        The tokenizer, as `load_tokenizer(folder)` gives it.
-
     Raises:
-        UserError: `vocab_size` has no room for the bytes and characters, or there is no text.
+        UserError: `vocab_size` has no room for the 256 bytes and two special tokens.
     """
-    sentences = list(texts)
-    longest = max(
-        [10, *(len(text.encode()) for text in sentences)]
-    )  # bytes; what is longer would be left out
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
-            model_writer=model,
-            model_type="unigram",
-            vocab_size=vocab_size,
-            hard_vocab_limit=False,
-            pad_id=0,
-            eos_id=1,
-            unk_id=2,
-            bos_id=-1,
-            byte_fallback=True,
-            character_coverage=1.0,
-            max_sentence_length=longest,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise UserError(
-            f"vocab_size {vocab_size}: no tokenizer of {len(sentences)} texts ({_first_line(error)})"
-        ) from error
-
+    bytes_and_specials = 258
+    if vocab_size < bytes_and_specials:
+        raise UserError(f"vocab_size is {vocab_size}, expected at least {bytes_and_specials}")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteLevel(), tokenizers.decoders.Strip(" ", 1, 0)]
+    )
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "spiece.model").write_bytes(model.getvalue())
-    (folder / "tokenizer.json").write_text(_unigram_json(model.getvalue()), encoding="utf-8")
-    # The generic class takes tokenizer.json as it is; T5Tokenizer reads it too, but drops the byte fallback.
+    tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": "<pad>",
         "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "extra_ids": 0,
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return load_tokenizer(folder)
-
-
-def _unigram_json(model: bytes) -> str:
-    """The `tokenizer.json` that gives the ids of a T5-style SentencePiece model."""
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    pieces = [
-        (processor.id_to_piece(id), processor.get_score(id)) for id in range(processor.get_piece_size())
-    ]
-    normalizer_spec = dict(_message_fields(model))[3]  # ModelProto.normalizer_spec
-    charsmap = dict(_message_fields(normalizer_spec))[2]  # NormalizerSpec.precompiled_charsmap
-
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.Unigram(pieces, unk_id=processor.unk_id(), byte_fallback=True)
-    )
-    tokenizer.normalizer = tokenizers.normalizers.Precompiled(charsmap)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.WhitespaceSplit(),
-            tokenizers.pre_tokenizers.Metaspace(_SPACE, prepend_scheme="always"),
-        ]
-    )
-    tokenizer.decoder = tokenizers.decoders.Sequence(
-        [
-            tokenizers.decoders.Replace(_SPACE, " "),
-            tokenizers.decoders.ByteFallback(),
-            tokenizers.decoders.Fuse(),
-            tokenizers.decoders.Strip(" ", 1, 0),
-        ]
-    )
-    special = [
-        processor.id_to_piece(id) for id in (processor.pad_id(), processor.eos_id(), processor.unk_id())
-    ]
-    tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in special])
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", processor.eos_id())]
-    )
-    return tokenizer.to_str()
-
-
-def _message_fields(message: bytes) -> Iterator[tuple[int, bytes]]:
-    """The length-delimited fields of a serialised protobuf message, as (number, content)."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while at < len(message):
-        number, wire_type = divmod(varint(), 8)
-        if wire_type == 2:
-            length = varint()
-            yield number, message[at : at + length]
-            at += length
-        elif wire_type == 0:
-            varint()
-        else:
-            at += 8 if wire_type == 1 else 4

@@ -1,0 +1,1 @@
+"""Questions, what the model may see of them, and the batches they become."""

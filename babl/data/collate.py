@@ -1,0 +1,225 @@
+"""From examples to ids, and from ids to one batch.
+
+A context too long for the model is read through windows that overlap; a question is never cut. In training, a window
+that does not hold the answer is no example (or, in a set with unanswerable questions, an unanswerable one). What is
+lost on the way is counted.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from babl.data.contexts import Arm, context_for
+from babl.data.squad import Example
+from babl.errors import UserError
+from babl.text import Tokenizer
+from babl.text.prompts import Style, qa_prompt, qa_target
+
+IGNORE = -100  # a label that is no target
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question with what it may see, as text.
+
+    Attributes:
+        example: Index of the example asked.
+        text: The whole prompt.
+        span: Code points [start, end) of the context shown.
+    """
+
+    example: int
+    text: str
+    span: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One training example in ids, EOS at the end of both."""
+
+    id: str
+    source: list[int]
+    target: list[int]
+
+    def __len__(self) -> int:
+        return len(self.source) + len(self.target)
+
+
+@dataclass
+class Losses:
+    """What did not fit.
+
+    Attributes:
+        windowed: Examples whose context was read through windows.
+        excluded_windows: Windows without the answer, left out of training.
+        lost_answers: Examples whose answer no window holds, which are not trained on.
+    """
+
+    windowed: int = 0
+    excluded_windows: int = 0
+    lost_answers: int = 0
+
+
+def make_prompts(
+    examples: Sequence[Example], arm: Arm, tokenizer: Tokenizer, max_tokens: int, stride: int, style: Style = "t5"
+) -> list[Prompt]:
+    """Returns one prompt per example, or several windows where the context is too long.
+
+    Args:
+        examples: The questions.
+        arm: Which context they see.
+        tokenizer: Counts the tokens.
+        max_tokens: Longest prompt in tokens, EOS included.
+        stride: Tokens that neighbouring windows share.
+        style: Wording of the prompt.
+
+    Raises:
+        UserError: A question leaves no room for its context.
+    """
+    contexts = [context_for(example, arm) for example in examples]
+    texts = [qa_prompt(e.question, c, style) for e, c in zip(examples, contexts, strict=True)]
+    prompts = []
+    for i, (text, ids) in enumerate(zip(texts, tokenizer.encode_batch(texts), strict=True)):
+        context = contexts[i]
+        if context is None:
+            prompts.append(Prompt(i, text, (0, 0)))
+        elif len(ids) < max_tokens:
+            prompts.append(Prompt(i, text, (0, len(context))))
+        else:
+            room = max_tokens - 1 - len(tokenizer.encode(qa_prompt(examples[i].question, "", style)))
+            if room < 2 * stride or room < 1:
+                raise UserError(
+                    f"max_source_tokens is {max_tokens}, but question {examples[i].id} leaves {room} tokens for its "
+                    f"context, expected at least twice the stride of {stride}"
+                )
+            for start, end in _windows(context, tokenizer, room, stride):
+                prompts.append(Prompt(i, qa_prompt(examples[i].question, context[start:end], style), (start, end)))
+    return prompts
+
+
+def _windows(context: str, tokenizer: Tokenizer, room: int, stride: int) -> list[tuple[int, int]]:
+    """Returns code point spans of whole words, each at most `room` tokens, sharing `stride` tokens or a little more."""
+    words = [match.span() for match in re.finditer(r"\S+\s*", context)]
+    counts = [len(ids) for ids in tokenizer.encode_batch([context[start:end] for start, end in words])]
+    spans, first = [], 0
+    while True:
+        last, tokens = first, 0
+        while last < len(words) and (last == first or tokens + counts[last] <= room):
+            tokens += counts[last]
+            last += 1
+        spans.append((words[first][0], words[last - 1][1]))
+        if last == len(words):
+            return spans
+        back, shared = last, 0
+        while back > first + 1 and shared < stride:
+            back -= 1
+            shared += counts[back]
+        first = back
+
+
+def make_features(
+    examples: Sequence[Example],
+    arm: Arm,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    stride: int,
+    style: Style = "t5",
+) -> tuple[list[Feature], Losses]:
+    """Returns what the model is trained on, and the count of what it is not; arguments as for `make_prompts`.
+
+    The target is the first answer, or the words for "no answer".
+    """
+    prompts = make_prompts(examples, arm, tokenizer, max_tokens, stride, style)
+    with_unanswerable = any(example.impossible for example in examples)
+    windows = [0] * len(examples)
+    for prompt in prompts:
+        windows[prompt.example] += 1
+    losses = Losses(windowed=sum(number > 1 for number in windows))
+    answered = set()
+    kept: list[tuple[Prompt, str | None]] = []
+    for prompt in prompts:
+        example = examples[prompt.example]
+        answer = None if example.impossible else example.answers[0]
+        if answer is not None and windows[prompt.example] > 1:
+            start, end = prompt.span
+            if not start <= answer.start <= answer.start + len(answer.text) <= end:
+                if not with_unanswerable:
+                    losses.excluded_windows += 1
+                    continue
+                answer = None
+        if answer is not None or example.impossible:
+            answered.add(prompt.example)
+        kept.append((prompt, None if answer is None else answer.text))
+    losses.lost_answers = len(examples) - len(answered)
+    sources = tokenizer.encode_batch([prompt.text for prompt, _ in kept])
+    targets = tokenizer.encode_batch([qa_target(answer, style) for _, answer in kept])
+    features = [
+        Feature(examples[prompt.example].id, [*source, tokenizer.eos_id], [*target, tokenizer.eos_id])
+        for (prompt, _), source, target in zip(kept, sources, targets, strict=True)
+    ]
+    return features, losses
+
+
+@dataclass
+class Batch:
+    """One micro-batch; what the model takes is in `inputs`, by the names of its arguments.
+
+    Attributes:
+        inputs: input_ids and attention_mask (B, S), decoder_input_ids and logits_at (B, T), dropout_key (B,).
+        labels: (B, T) int64, `IGNORE` where there is no target.
+        ids: The examples.
+        tokens: Real tokens, source and target.
+        padded: Tokens computed, padding included.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    ids: list[str]
+    tokens: int
+    padded: int
+
+    @property
+    def targets(self) -> int:
+        """Number of target tokens."""
+        return int((self.labels != IGNORE).sum())
+
+    def to(self, device: torch.device) -> "Batch":
+        """Returns the batch on a device."""
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+        return Batch(inputs, self.labels.to(device, non_blocking=True), self.ids, self.tokens, self.padded)
+
+
+def collate(features: Sequence[Feature], pad_id: int, start_id: int, keys: Sequence[int]) -> Batch:
+    """Returns a T5 batch: source padded on the right, decoder inputs the targets moved right by one.
+
+    Args:
+        features: B examples; none gives one blank row without targets, so that every rank has something to compute.
+        pad_id: Fills input ids.
+        start_id: The decoder's first input.
+        keys: Of the dropout, one int64 per example.
+    """
+    sources = [feature.source for feature in features] or [[pad_id]]
+    targets = [feature.target for feature in features] or [[]]
+    width, length = max(map(len, sources)), max(1, *map(len, targets))
+    input_ids = torch.full((len(sources), width), pad_id)
+    attention_mask = torch.zeros(len(sources), width, dtype=torch.int64)
+    labels = torch.full((len(sources), length), IGNORE)
+    decoder_input_ids = torch.full((len(sources), length), pad_id)
+    decoder_input_ids[:, 0] = start_id
+    for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        input_ids[row, : len(source)] = torch.tensor(source)
+        attention_mask[row, : len(source)] = 1
+        labels[row, : len(target)] = torch.tensor(target, dtype=torch.int64)
+        decoder_input_ids[row, 1 : len(target)] = torch.tensor(target[:-1], dtype=torch.int64)
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "decoder_input_ids": decoder_input_ids,
+        "logits_at": labels != IGNORE,
+        "dropout_key": torch.tensor(list(keys) or [0], dtype=torch.int64),
+    }
+    real = sum(map(len, features))
+    return Batch(inputs, labels, [feature.id for feature in features], real, len(sources) * (width + length))

@@ -1,0 +1,78 @@
+"""Which examples make which step: a function of (seed, epoch) alone.
+
+A step's batch is planned for the whole machine, then dealt to ranks and micro-batches, so the world's size changes who
+computes an example, never which examples a step has.
+"""
+
+import random
+from collections.abc import Sequence
+
+from babl.errors import UserError
+
+POOL = 100  # batches' worth of examples sorted by length together: more pads less and mixes lengths less
+_STEP, _EXAMPLE, _WORD = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 2**64
+
+
+def plan_epoch(lengths: Sequence[int], budget: int, seed: int, epoch: int) -> list[list[int]]:
+    """Returns the epoch's batches, each a list of example indices of about equal length.
+
+    Args:
+        lengths: Tokens of each example.
+        budget: Most tokens of a batch, padding included.
+        seed: With `epoch`, decides the order.
+        epoch: Counts from 0.
+    """
+    rng = random.Random(f"{seed}/{epoch}")
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    average = max(1, sum(lengths) // len(lengths))
+    pool = max(1, POOL * budget // average)
+    batches: list[list[int]] = []
+    for at in range(0, len(order), pool):
+        batch: list[int] = []
+        for index in sorted(order[at : at + pool], key=lambda i: lengths[i]):
+            if batch and (len(batch) + 1) * lengths[index] > budget:
+                batches.append(batch)
+                batch = []
+            batch.append(index)
+        batches.append(batch)
+    rng.shuffle(batches)
+    return batches
+
+
+class Loader:
+    """Deals the batches of epoch after epoch to this rank's micro-batches; its state is two integers."""
+
+    def __init__(self, lengths: Sequence[int], budget: int, seed: int, rank: int, world: int, accumulation: int):
+        if not lengths:
+            raise UserError("data.train has no example to train on")
+        if max(lengths) > budget:
+            raise UserError(f"batch.tokens is {budget}, but the longest example has {max(lengths)} tokens")
+        self.lengths, self.budget, self.seed = lengths, budget, seed
+        self.first, self.slots, self.accumulation = rank * accumulation, world * accumulation, accumulation
+        self.epoch = self.batch = 0
+        self.plan = plan_epoch(lengths, budget, seed, 0)
+
+    def next_step(self) -> list[list[int]]:
+        """Returns the example indices of each of this rank's micro-batches of the next step."""
+        if self.batch == len(self.plan):
+            self.epoch, self.batch = self.epoch + 1, 0
+            self.plan = plan_epoch(self.lengths, self.budget, self.seed, self.epoch)
+        batch = self.plan[self.batch]
+        self.batch += 1
+        return [batch[self.first + slot :: self.slots] for slot in range(self.accumulation)]
+
+    def state(self) -> dict[str, int]:
+        """Returns where the loader stands."""
+        return {"epoch": self.epoch, "batch": self.batch}
+
+    def restore(self, state: dict[str, int]) -> None:
+        """The next step is the one after `state`."""
+        self.epoch, self.batch = state["epoch"], state["batch"]
+        self.plan = plan_epoch(self.lengths, self.budget, self.seed, self.epoch)
+
+
+def dropout_keys(seed: int, step: int, indices: Sequence[int]) -> list[int]:
+    """Returns an int64 per example, a function of (seed, step, example)."""
+    keys = [(seed * _WORD // 3 + step * _STEP + (index + 1) * _EXAMPLE) % _WORD for index in indices]
+    return [key - _WORD if key >= _WORD // 2 else key for key in keys]

@@ -1,0 +1,1 @@
+"""Processes and the backends that make them one."""

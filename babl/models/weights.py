@@ -1,0 +1,174 @@
+"""Models in and out of transformers folders: config.json and safetensors, single or sharded."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from babl.errors import UserError, did_you_mean
+from babl.models import t5
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+class Family(NamedTuple):
+    """One model file, as loading and saving see it."""
+
+    model: type
+    config: type
+    hf_keys: Callable[[Any], dict[str, str]]
+    ignored: frozenset[str]  # tensors that old folders carry and the model never used
+
+
+FAMILIES = {"t5": Family(t5.T5, t5.T5Config, t5.hf_keys, t5.IGNORED_KEYS)}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Returns the parsed config.json of a model folder.
+
+    Raises:
+        UserError: There is no folder, no config, or a config of a family Babl does not have.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such model folder")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no config.json, so not a model folder") from None
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: not valid JSON ({error})") from None
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UserError(f"{folder / 'config.json'}: model_type is {family!r}, expected one of {known}")
+    return config
+
+
+def from_pretrained(
+    folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """Returns the model of a folder, in evaluation mode; its weights take their memory once.
+
+    Args:
+        folder: Holds config.json and safetensors weights, one file or shards with an index.
+        dtype: Of the parameters.
+        device: Where they live.
+
+    Raises:
+        UserError: A file is absent or damaged, the weights are pickles, or a tensor is missing, unexpected or of
+            another shape than the config says.
+    """
+    folder = Path(folder)
+    hf = read_config(folder)
+    family = FAMILIES[hf["model_type"]]
+    with _tensors(folder) as found:
+        try:
+            config = family.config.from_hf(hf, tied="lm_head.weight" not in found)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{folder / 'config.json'}: {error} is absent or not usable") from None
+        with torch.device("meta"):
+            model = family.model(config)
+        keys = _checked_keys(model, folder, found)
+        state = {name: found[key].get_tensor(key).to(device, dtype) for name, key in keys.items()}
+    model.load_state_dict(state, strict=False, assign=True)  # not strict: a tied head has a name, but no tensor
+    model.tie_weights()
+    return model.eval()
+
+
+@torch.no_grad()
+def read_weights(model: nn.Module, folder: Path) -> None:
+    """The model's parameters, wherever they are, hold the values of the folder.
+
+    Raises:
+        UserError: As `from_pretrained`.
+    """
+    with _tensors(folder) as found:
+        for name, key in _checked_keys(model, folder, found).items():
+            model.get_parameter(name).copy_(found[key].get_tensor(key))
+
+
+@contextmanager
+def _tensors(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yields the open file that holds each tensor, by the tensor's name."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(_open(path)) for path in _weight_files(folder)]
+        yield {key: file for file in files for key in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        try:
+            names = sorted(
+                set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{folder / INDEX}: not an index of shards ({error})") from None
+        absent = [name for name in names if not (folder / name).is_file()]
+        if absent:
+            raise UserError(f"{folder}: shard {absent[0]} named by {INDEX} is missing")
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
+    if pickles:
+        raise UserError(
+            f"{folder}: {pickles[0]} is a pickle, which can run code when read; only safetensors is loaded"
+        )
+    raise UserError(f"{folder}: no weights (expected {SINGLE} or {INDEX})")
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def _checked_keys(model: nn.Module, folder: Path, found: dict[str, Any]) -> dict[str, str]:
+    """Returns each parameter's name in the files, where every one is there in its shape, and no other."""
+    family = FAMILIES[model.config.model_type]
+    keys = family.hf_keys(model.config)
+    expected = {keys[name]: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    missing = sorted(expected.keys() - found.keys())
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} tensors missing, first {missing[0]}")
+    unexpected = sorted(found.keys() - expected.keys() - family.ignored)
+    if unexpected:
+        near = did_you_mean(unexpected[0], expected)
+        raise UserError(f"{folder}: {len(unexpected)} unexpected tensors, first {unexpected[0]}{near}")
+    for key, shape in expected.items():
+        actual = tuple(found[key].get_slice(key).get_shape())
+        if actual != shape:
+            raise UserError(f"{folder}: {key} has shape {actual}, config.json says {shape}")
+    return keys
+
+
+def hf_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields each parameter once, under its name in a transformers folder."""
+    keys = FAMILIES[model.config.model_type].hf_keys(model.config)
+    for name, parameter in model.named_parameters():
+        yield keys[name], parameter.detach()
+
+
+def save_pretrained(model: nn.Module, folder: str | Path) -> None:
+    """The folder holds config.json and model.safetensors as transformers reads them, every tensor once."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(model.config.to_hf(), hf_tensors(model), folder)
+
+
+def write_weights(config: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """The folder holds this config and these tensors."""
+    state = {key: tensor.cpu().contiguous() for key, tensor in tensors}
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(
+        json.dumps(config | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8"
+    )
+    save_file(state, folder / SINGLE, metadata={"format": "pt"})

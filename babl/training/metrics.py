@@ -1,0 +1,69 @@
+"""metrics.jsonl: a line a step, and on request the same numbers for TensorBoard."""
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from babl.errors import UserError
+
+CLOCK_FIELDS = ("tokens_per_second", "peak_memory_bytes")  # all that may differ between two runs of the same thing
+
+
+class MetricsLog:
+    """Appends to a run's metrics.jsonl; a resumed run forgets what was logged after its checkpoint."""
+
+    def __init__(self, folder: Path, last_step: int, tensorboard: bool):
+        path = folder / "metrics.jsonl"
+        kept = []
+        if path.exists():
+            # A line cut short by a crash is after the checkpoint, like all that follows the step resumed from.
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= last_step]
+        path.write_text("".join(kept), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
+        self.board = _summary_writer(folder) if tensorboard else None
+        self.clock = time.perf_counter()
+
+    def write(self, step: int, tokens: float = 0, **values: Any) -> None:
+        """The step's values are on disk; `tokens`, where given, become a rate since the last line."""
+        line: dict[str, Any] = {"step": step, **values}
+        if tokens:
+            now = time.perf_counter()
+            line["tokens_per_second"] = round(tokens / (now - self.clock), 1)
+            line["peak_memory_bytes"] = peak_memory()
+            self.clock = now
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in line.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(name, value, step)
+
+    def pause(self) -> None:
+        """What happened since the last line (validation, saving) counts for no rate."""
+        self.clock = time.perf_counter()
+
+    def close(self) -> None:
+        """Everything is written."""
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def peak_memory() -> int:
+    """Returns the most bytes this process has held: on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _summary_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("train.tensorboard is true, but tensorboard is not installed: pip install tensorboard") from None
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -1,0 +1,36 @@
+"""AdamW and Adafactor over explicit parameter groups."""
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+OptimizerName = Literal["adamw", "adafactor"]
+
+
+def make_optimizer(
+    model: nn.Module, name: OptimizerName, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999)
+) -> torch.optim.Optimizer:
+    """Returns an optimizer over every parameter once; the loop sets the learning rate before each step.
+
+    Matrices decay; norms' weights, biases and T5's tables of position biases do not. AdamW is torch's fused kernel.
+    Adafactor is torch's, with the published T5 recipe's parameter scaling: a step is the rate times the parameter's
+    root mean square (at least 1e-3), update clipping at 1.0, second moments decaying as step**-0.8. torch factors the
+    second moments of every matrix, the original only where both dimensions reach 128.
+
+    Args:
+        model: Whose parameters.
+        name: Which.
+        weight_decay: Decoupled, relative to the learning rate.
+        betas: Of AdamW.
+
+    Ref: Loshchilov and Hutter 2019; Shazeer and Stern 2018, algorithm 5.
+    """
+    decayed, plain = [], []
+    for key, parameter in model.named_parameters():
+        exempt = parameter.ndim < 2 or "relative_bias" in key
+        (plain if exempt else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+    return torch.optim.Adafactor(groups, lr=0.0, beta2_decay=-0.8, eps=(1e-30, 1e-3), d=1.0)

@@ -79,9 +79,7 @@ def _check(value: Any, expected: Any, file: str, key: str) -> Any:
         choices = typing.get_args(expected)
         if value not in choices:
             near = did_you_mean(str(value), choices)
-            raise UserError(
-                f"{file}: {key} is {json.dumps(value)}, expected one of {', '.join(choices)}{near}"
-            )
+            raise UserError(f"{file}: {key} is {json.dumps(value)}, expected one of {', '.join(choices)}{near}")
         return value
     if expected is float and type(value) is int:
         return float(value)

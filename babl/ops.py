@@ -106,7 +106,7 @@ def dropout(x: Tensor, p: float, key: Tensor, site: int) -> Tensor:
         key: (B,) int64, one per example and step.
         site: Which dropout of the model this is.
     """
-    state = _mix(key + (site + 1) * _GOLDEN)  # (B,)
+    state = _mix(key + site)  # (B,)
     lanes = -(-x.shape[-1] // 4)
     for size in (*x.shape[1:-1], lanes):
         state = _mix(state.unsqueeze(-1) + torch.arange(size, device=x.device) * _GOLDEN)  # one more axis

@@ -20,6 +20,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from babl.data.squad import Example, parse_squad
+
 GRADES = ("type", "entity", "name")
 ENTITY_CANDIDATES = 2  # people in a paragraph of grade `entity` who have a value of the kind asked for
 
@@ -211,9 +213,7 @@ def pair_facts(names: Names, rng: random.Random) -> list[Fact]:
     return [*facts, Fact(rng.choice(pair), teacher, names.new(), "name")]
 
 
-def paragraph(
-    facts: list[Fact], rng: random.Random, next_id: Iterator[int], unanswerable: float
-) -> dict[str, Any]:
+def paragraph(facts: list[Fact], rng: random.Random, next_id: Iterator[int], unanswerable: float) -> dict[str, Any]:
     """Returns a paragraph of the facts, perhaps a distractor, in random order, with a question about each fact.
 
     Args:
@@ -231,9 +231,7 @@ def paragraph(
         if fact is None:
             context += rng.choice(DISTRACTORS)
             continue
-        before, after = (
-            rng.choice(fact.relation.statements).replace("{subject}", fact.subject).split("{value}")
-        )
+        before, after = rng.choice(fact.relation.statements).replace("{subject}", fact.subject).split("{value}")
         starts[fact] = len(context) + len(before)
         context += before + fact.value + after
     said = {(fact.subject, fact.relation) for fact in facts}
@@ -279,9 +277,7 @@ def fictional_corpus(
             town = names.new()
             facts = [town_facts(town, names, rng), portrait_facts(names, rng)]
             facts += [pair_facts(names, rng) for _ in range(PAIRS)]
-            made.append(
-                {"title": town, "paragraphs": [paragraph(f, rng, next_id, unanswerable) for f in facts]}
-            )
+            made.append({"title": town, "paragraphs": [paragraph(f, rng, next_id, unanswerable) for f in facts]})
         return made
 
     version = "v2.0" if unanswerable else "1.1"
@@ -289,6 +285,12 @@ def fictional_corpus(
         {"version": version, "data": articles(train_articles)},
         {"version": version, "data": articles(dev_articles)},
     )
+
+
+def fictional_examples(seed: int) -> tuple[list[Example], list[Example]]:
+    """Returns a training and a dev set of a size for trying things out."""
+    train, dev = fictional_corpus(200, 8, seed)
+    return parse_squad(train, "fictional"), parse_squad(dev, "fictional")
 
 
 _CHANCE = {value: 1 / len(relation.values) for relation in (*TOWN, *PERSON) for value in relation.values}

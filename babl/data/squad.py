@@ -63,14 +63,30 @@ def load_squad(path: str | Path) -> list[Example]:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not text.strip():
         raise UserError(f"{path}: the file is empty")
-    examples, seen = [], {}
-    for where, example in _squad(path, text) if _is_squad(text) else _lines(path, text):
+    if not _is_squad(text):
+        return _collected(path, _lines(path, text))
+    try:
+        tree = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: malformed JSON at line {error.lineno} column {error.colno}: {error.msg}") from None
+    return parse_squad(tree, path)
+
+
+def parse_squad(tree: Any, source: str | Path) -> list[Example]:
+    """Returns the questions of a parsed SQuAD file; errors name `source` and are those of `load_squad`."""
+    return _collected(source, _squad(source, tree))
+
+
+def _collected(source: str | Path, found: Iterator[tuple[str, Example]]) -> list[Example]:
+    examples: list[Example] = []
+    seen: dict[str, str] = {}
+    for where, example in found:
         if example.id in seen:
-            raise UserError(f"{path}: id {example.id} at {where} stands already at {seen[example.id]}")
+            raise UserError(f"{source}: id {example.id} at {where} stands already at {seen[example.id]}")
         seen[example.id] = where
         examples.append(example)
     if not examples:
-        raise UserError(f"{path}: no question in it")
+        raise UserError(f"{source}: no question in it")
     return examples
 
 
@@ -83,11 +99,7 @@ def _is_squad(text: str) -> bool:
         return '"question"' not in first or '"data"' in first
 
 
-def _squad(path: Path, text: str) -> Iterator[tuple[str, Example]]:
-    try:
-        tree = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: malformed JSON at line {error.lineno} column {error.colno}: {error.msg}") from None
+def _squad(path: str | Path, tree: Any) -> Iterator[tuple[str, Example]]:
     for i, article in enumerate(_get(path, "", tree, "data", list)):
         at = f"data[{i}]"
         title = _get(path, at, article, "title", str)
@@ -124,7 +136,7 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, Example]]:
         yield where, Example(qid, title, question, context, _answers(path, where, qid, context, found))
 
 
-def _answers(path: Path, where: str, qid: str, context: str, found: list | dict) -> tuple[Answer, ...]:
+def _answers(path: str | Path, where: str, qid: str, context: str, found: list | dict) -> tuple[Answer, ...]:
     """Returns the answers, each verified against its context."""
     if isinstance(found, dict):
         texts, starts = _get(path, where, found, "text", list), _get(path, where, found, "answer_start", list)
@@ -155,7 +167,7 @@ def _short(text: str) -> str:
 _WORDS = {str: "a string", int: "an integer", list: "a list", (list, dict): "a list"}
 
 
-def _get(path: Path, where: str, tree: Any, key: str, kind: Any) -> Any:
+def _get(path: str | Path, where: str, tree: Any, key: str, kind: Any) -> Any:
     """Returns tree[key], where it is there and of that kind."""
     at = f"{where}.{key}" if where else key
     if not isinstance(tree, dict):

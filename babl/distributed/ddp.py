@@ -45,7 +45,7 @@ class DDP:
 
     def step(self, learning_rate: float, max_norm: float) -> float:
         """Clips, updates and forgets the gradients; returns their norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), max_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), max_norm or math.inf).item()
         if math.isfinite(norm):
             set_learning_rate(self.optimizer.param_groups, learning_rate)
             self.optimizer.step()

@@ -28,13 +28,13 @@ class World:
         """Whether this process speaks and writes for all."""
         return self.rank == 0
 
-    def sum(self, value: float) -> float:
-        """Returns the sum of a number over all processes."""
+    def sum(self, *values: float) -> list[float]:
+        """Returns each number's sum over all processes."""
         if self.size == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.item()
+            return list(values)
+        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        return totals.tolist()
 
     def barrier(self) -> None:
         """Nobody goes on before all have come."""

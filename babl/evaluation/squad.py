@@ -100,7 +100,9 @@ def question_scores(
         scores[qid] = QuestionScore(exact, overlap, has_answer, title, qa.get("grade", ""))
     if absent and missing == "error":
         first = ", ".join(absent[:3])
-        raise UserError(f"{len(absent)} of {len(scores)} predictions missing, first {first}; --missing zero scores them 0")
+        raise UserError(
+            f"{len(absent)} of {len(scores)} predictions missing, first {first}; --missing zero scores them 0"
+        )
     if not scores:
         raise UserError("the data set has no question")
     return scores
@@ -149,7 +151,8 @@ def score(
     def decided(raw: dict[str, float]) -> dict[str, float]:
         """The scores after abstention, which is right exactly where there is no answer."""
         return {
-            qid: float(not has_answer[qid]) if probabilities[qid] > na_threshold else value for qid, value in raw.items()
+            qid: float(not has_answer[qid]) if probabilities[qid] > na_threshold else value
+            for qid, value in raw.items()
         }
 
     result = _means(decided(exact), decided(overlap), list(scores))
@@ -229,9 +232,7 @@ def _best_threshold(
     return 100.0 * best / len(scores), threshold
 
 
-def _average_precision(
-    scores: dict[str, float], na_prob: dict[str, float], has_answer: dict[str, bool]
-) -> float:
+def _average_precision(scores: dict[str, float], na_prob: dict[str, float], has_answer: dict[str, bool]) -> float:
     """Returns the area under precision over recall, in percent, as questions are answered from the surest on.
 
     Precision counts every question answered, recall those that have an answer; equal probabilities enter together.

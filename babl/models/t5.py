@@ -52,7 +52,7 @@ class T5Config:
     def __post_init__(self) -> None:
         if self.feed_forward_proj not in ("relu", "gated-gelu"):
             raise UserError(
-                f"feed_forward_proj is {self.feed_forward_proj!r}, but T5 here knows 'relu' (v1.0) and 'gated-gelu' (v1.1)"
+                f"feed_forward_proj is {self.feed_forward_proj!r}, expected 'relu' (v1.0) or 'gated-gelu' (v1.1)"
             )
 
     @classmethod
@@ -66,9 +66,7 @@ class T5Config:
         """
         known = {name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None}
         known["num_decoder_layers"] = config.get("num_decoder_layers") or config["num_layers"]
-        known["scale_decoder_outputs"] = config.get(
-            "scale_decoder_outputs", config.get("tie_word_embeddings", True)
-        )
+        known["scale_decoder_outputs"] = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
         known["tie_word_embeddings"] = tied
         return cls(**known)
 
@@ -130,10 +128,8 @@ class T5MLP(nn.Module):
         self.dropout = Dropout(config.dropout_rate)
 
     def forward(self, x: Tensor, key: Tensor | None) -> Tensor:  # noqa: D102
-        if self.gated:
-            hidden = F.gelu(self.gate(x), approximate="tanh") * self.wi(x)  # (B, S, F)
-        else:
-            hidden = F.relu(self.wi(x))
+        hidden = self.wi(x)  # (B, S, F)
+        hidden = F.gelu(self.gate(x), approximate="tanh") * hidden if self.gated else F.relu(hidden)
         return self.wo(self.dropout(hidden, key))
 
 
@@ -209,11 +205,7 @@ def relative_bucket(delta: Tensor, bidirectional: bool, num_buckets: int, max_di
     else:
         distance = -delta.clamp(max=0)
     exact = num_buckets // 2
-    far = (
-        torch.log(distance.clamp(min=1).float() / exact)
-        / math.log(max_distance / exact)
-        * (num_buckets - exact)
-    )
+    far = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (num_buckets - exact)
     far = (exact + far.long()).clamp(max=num_buckets - 1)
     return offset + torch.where(distance < exact, distance, far)
 
@@ -237,9 +229,7 @@ class T5Stack(nn.Module):
         In the decoder it also hides the keys behind each query.
         """
         delta = torch.arange(num_keys, device=queries.device) - queries.unsqueeze(-1)  # (B, T, S)
-        bias = self.relative_bias(relative_bucket(delta, not self.is_decoder, *self.buckets)).permute(
-            0, 3, 1, 2
-        )
+        bias = self.relative_bias(relative_bucket(delta, not self.is_decoder, *self.buckets)).permute(0, 3, 1, 2)
         if self.is_decoder:
             bias = bias.masked_fill((delta > 0).unsqueeze(1), torch.finfo(bias.dtype).min)
         return bias  # (B, H, T, S)
@@ -373,9 +363,7 @@ def hf_keys(config: T5Config) -> dict[str, str]:
     if not config.tie_word_embeddings:
         keys["lm_head.weight"] = "lm_head.weight"
     for stack, layers in (("encoder", config.num_layers), ("decoder", config.num_decoder_layers)):
-        keys[f"{stack}.relative_bias.weight"] = (
-            f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        )
+        keys[f"{stack}.relative_bias.weight"] = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         keys[f"{stack}.final_norm.weight"] = f"{stack}.final_layer_norm.weight"
         sublayers = [
             ("attention", "SelfAttention", "qkvo"),
@@ -386,9 +374,7 @@ def hf_keys(config: T5Config) -> dict[str, str]:
             del sublayers[1]
         for i in range(layers):
             for j, (ours, theirs, parts) in enumerate(sublayers):
-                keys[f"{stack}.blocks.{i}.{ours}_norm.weight"] = (
-                    f"{stack}.block.{i}.layer.{j}.layer_norm.weight"
-                )
+                keys[f"{stack}.blocks.{i}.{ours}_norm.weight"] = f"{stack}.block.{i}.layer.{j}.layer_norm.weight"
                 names = {part: part for part in parts} or MLP_KEYS[config.feed_forward_proj]
                 for name, hf in names.items():
                     keys[f"{stack}.blocks.{i}.{ours}.{name}.weight"] = (

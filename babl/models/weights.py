@@ -105,9 +105,7 @@ def _tensors(folder: Path) -> Iterator[dict[str, Any]]:
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         try:
-            names = sorted(
-                set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-            )
+            names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError) as error:
             raise UserError(f"{folder / INDEX}: not an index of shards ({error})") from None
         absent = [name for name in names if not (folder / name).is_file()]
@@ -118,9 +116,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
     if pickles:
-        raise UserError(
-            f"{folder}: {pickles[0]} is a pickle, which can run code when read; only safetensors is loaded"
-        )
+        raise UserError(f"{folder}: {pickles[0]} is a pickle, which can run code when read; only safetensors is loaded")
     raise UserError(f"{folder}: no weights (expected {SINGLE} or {INDEX})")
 
 
@@ -168,7 +164,5 @@ def write_weights(config: dict[str, Any], tensors: Iterable[tuple[str, Tensor]],
     """The folder holds this config and these tensors."""
     state = {key: tensor.cpu().contiguous() for key, tensor in tensors}
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(
-        json.dumps(config | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8"
-    )
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8")
     save_file(state, folder / SINGLE, metadata={"format": "pt"})

@@ -233,9 +233,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     folder = Path(folder)
     files = {
-        name: (folder / name).read_bytes()
-        for name in (*TOKENIZER_FILES, *SIDE_FILES)
-        if (folder / name).is_file()
+        name: (folder / name).read_bytes() for name in (*TOKENIZER_FILES, *SIDE_FILES) if (folder / name).is_file()
     }
     name = next((name for name in TOKENIZER_FILES if name in files), None)
     if name is None:
@@ -244,9 +242,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     try:
         backend = _read_backend(name, files[name], settings)
     except Exception as error:  # the libraries raise nothing narrower
-        raise UserError(
-            f"{folder / name}: not a tokenizer that can be read ({_first_line(error)})"
-        ) from error
+        raise UserError(f"{folder / name}: not a tokenizer that can be read ({_first_line(error)})") from error
     return Tokenizer(backend, files, _special_ids(folder, backend))
 
 
@@ -254,9 +250,7 @@ def _read_backend(name: str, content: bytes, settings: dict[str, Any]) -> _Backe
     if name == "tokenizer.json":
         return _JsonBackend(content)
     # A folder that says nothing is one of the released T5's, which have a hundred.
-    return _SentencePieceBackend(
-        content, settings, settings.get("extra_ids", 100 if name == "spiece.model" else 0)
-    )
+    return _SentencePieceBackend(content, settings, settings.get("extra_ids", 100 if name == "spiece.model" else 0))
 
 
 def _special_ids(folder: Path, backend: _Backend) -> dict[str, int]:
@@ -279,9 +273,7 @@ def _special_ids(folder: Path, backend: _Backend) -> dict[str, int]:
                     raise UserError(f"{file}: {name}_token '{token}' is not in the vocabulary")
                 ids[name] = id
     if "eos" not in ids:
-        raise UserError(
-            f"{folder}: no file says which token ends a sequence (eos_token in tokenizer_config.json)"
-        )
+        raise UserError(f"{folder}: no file says which token ends a sequence (eos_token in tokenizer_config.json)")
     return ids
 
 

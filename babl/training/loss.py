@@ -1,5 +1,7 @@
 """The loss of a micro-batch, and the name of what broke where it is not a number."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -14,14 +16,23 @@ def token_loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> 
 
 
 @torch.no_grad()
-def first_nonfinite(model: nn.Module, batch: Batch) -> str:
-    """Returns the name of the first module whose parameters, or else whose output on this batch, are not finite."""
+def name_nonfinite(model: nn.Module, batches: list[Batch]) -> str:
+    """Returns which module's parameters or output are not finite first, and for which examples, in words."""
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            return f"parameter {name}"
+            return f"parameter {name} is not finite"
+    for batch in batches:
+        name = _first_module(model, batch)
+        if name:
+            return f"the output of {name} is not finite for examples {', '.join(batch.ids[:8])}"
+    ids = ", ".join(name for batch in batches for name in batch.ids[:8])
+    return f"a gradient is not finite, though every output is; examples {ids}"
+
+
+def _first_module(model: nn.Module, batch: Batch) -> str | None:
     found: list[str] = []
 
-    def watch(name: str):
+    def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: object) -> None:
             if isinstance(output, Tensor) and not output.isfinite().all():
                 found.append(name)
@@ -30,8 +41,8 @@ def first_nonfinite(model: nn.Module, batch: Batch) -> str:
 
     hooks = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if not list(m.children())]
     try:
-        model(**batch.inputs)
+        loss = token_loss(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return f"module {found[0]}" if found else "the backward pass"
+    return found[0] if found else None if loss.isfinite() else "the loss"

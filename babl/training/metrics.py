@@ -26,16 +26,14 @@ class MetricsLog:
         path.write_text("".join(kept), encoding="utf-8")
         self.file = path.open("a", encoding="utf-8")
         self.board = _summary_writer(folder) if tensorboard else None
-        self.clock = time.perf_counter()
+        self.start_clock()
 
     def write(self, step: int, tokens: float = 0, **values: Any) -> None:
-        """The step's values are on disk; `tokens`, where given, become a rate since the last line."""
+        """The step's values are on disk; `tokens`, where given, become a rate since `start_clock`."""
         line: dict[str, Any] = {"step": step, **values}
         if tokens:
-            now = time.perf_counter()
-            line["tokens_per_second"] = round(tokens / (now - self.clock), 1)
+            line["tokens_per_second"] = round(tokens / (time.perf_counter() - self.clock), 1)
             line["peak_memory_bytes"] = peak_memory()
-            self.clock = now
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         if self.board is not None:
@@ -43,8 +41,8 @@ class MetricsLog:
                 if isinstance(value, int | float):
                     self.board.add_scalar(name, value, step)
 
-    def pause(self) -> None:
-        """What happened since the last line (validation, saving) counts for no rate."""
+    def start_clock(self) -> None:
+        """The next line's rate counts from now, so that validating and saving count for none."""
         self.clock = time.perf_counter()
 
     def close(self) -> None:
@@ -65,5 +63,7 @@ def _summary_writer(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("train.tensorboard is true, but tensorboard is not installed: pip install tensorboard") from None
+        raise UserError(
+            "train.tensorboard is true, but tensorboard is not installed: pip install tensorboard"
+        ) from None
     return SummaryWriter(str(folder / "tensorboard"))

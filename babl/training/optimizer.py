@@ -1,16 +1,28 @@
 """AdamW and Adafactor over explicit parameter groups."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
-OptimizerName = Literal["adamw", "adafactor"]
+from babl.training.schedule import Schedule
 
 
-def make_optimizer(
-    model: nn.Module, name: OptimizerName, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999)
-) -> torch.optim.Optimizer:
+@dataclass
+class OptimConfig:
+    """Section [optim] of a run; `max_grad_norm` 0 clips nothing."""
+
+    name: Literal["adamw", "adafactor"] = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    schedule: Schedule = "constant"
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    label_smoothing: float = 0.0
+
+
+def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
     """Returns an optimizer over every parameter once; the loop sets the learning rate before each step.
 
     Matrices decay; norms' weights, biases and T5's tables of position biases do not. AdamW is torch's fused kernel.
@@ -20,9 +32,7 @@ def make_optimizer(
 
     Args:
         model: Whose parameters.
-        name: Which.
-        weight_decay: Decoupled, relative to the learning rate.
-        betas: Of AdamW.
+        cfg: Which, and its weight decay: decoupled, relative to the learning rate.
 
     Ref: Loshchilov and Hutter 2019; Shazeer and Stern 2018, algorithm 5.
     """
@@ -30,7 +40,7 @@ def make_optimizer(
     for key, parameter in model.named_parameters():
         exempt = parameter.ndim < 2 or "relative_bias" in key
         (plain if exempt else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    if cfg.name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
     return torch.optim.Adafactor(groups, lr=0.0, beta2_decay=-0.8, eps=(1e-30, 1e-3), d=1.0)

@@ -34,9 +34,7 @@ def test_target():
     assert qa_target(None, "decoder") == " unanswerable"
 
 
-@pytest.mark.parametrize(
-    "word", [lambda style: qa_prompt("q", None, style), lambda style: qa_target("a", style)]
-)
+@pytest.mark.parametrize("word", [lambda style: qa_prompt("q", None, style), lambda style: qa_target("a", style)])
 def test_an_unknown_style_is_named(word):
     with pytest.raises(UserError, match="prompt style 'gpt': expected 't5' or 'decoder'"):
         word("gpt")

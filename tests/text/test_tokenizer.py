@@ -84,9 +84,7 @@ def t5(shared, tmp_path_factory):
 def stories(shared, tmp_path_factory):
     """The stories260K tokenizer of tokenizer.json and the one of tokenizer.model."""
     source = shared / "checkpoints" / "stories260K"
-    alone = folder_with(
-        tmp_path_factory.mktemp("stories"), source, "tokenizer.model", "tokenizer_config.json"
-    )
+    alone = folder_with(tmp_path_factory.mktemp("stories"), source, "tokenizer.model", "tokenizer_config.json")
     return load_tokenizer(source), load_tokenizer(alone)
 
 
@@ -175,10 +173,7 @@ def test_forms_and_transformers_decode_any_ids_alike(family, shared, request):
     one, other = request.getfixturevalue(family)
     rng = random.Random(0)
     for _ in range(2000):  # with many a lone "▁" (3), byte and special id, as a model may write them
-        ids = [
-            rng.choice([3, rng.randrange(260), rng.randrange(one.vocab_size)])
-            for _ in range(rng.randint(0, 8))
-        ]
+        ids = [rng.choice([3, rng.randrange(260), rng.randrange(one.vocab_size)]) for _ in range(rng.randint(0, 8))]
         text = oracle.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert one.decode(ids) == text
         assert other.decode(ids) == text
@@ -191,9 +186,7 @@ def test_t5_ids_equal_transformers(t5, shared, corpus):
     from transformers import T5Tokenizer
 
     oracle = T5Tokenizer.from_pretrained(shared / "tokenizers" / "t5")
-    texts = corpus + [
-        text for text in AWKWARD if not any(token in text for token in ("</s>", "<pad>", "<unk>"))
-    ]
+    texts = corpus + [text for text in AWKWARD if not any(token in text for token in ("</s>", "<pad>", "<unk>"))]
     ids = t5[0].encode_batch(texts)
     assert ids == oracle(texts, add_special_tokens=False).input_ids
     assert [[*row, t5[0].eos_id] for row in ids] == oracle(texts).input_ids
@@ -357,9 +350,7 @@ def test_t5_round_trips_plain_text(t5):
 def test_decode_refuses_ids_outside_of_the_vocabulary(small):
     tokenizer = load_tokenizer(small)
     for id in (-100, tokenizer.vocab_size):
-        with pytest.raises(
-            ValueError, match=f"token id {id} is outside of the vocabulary of {tokenizer.vocab_size}"
-        ):
+        with pytest.raises(ValueError, match=f"token id {id} is outside of the vocabulary of {tokenizer.vocab_size}"):
             tokenizer.decode([5, id])
 
 
@@ -484,9 +475,7 @@ def test_long_texts_are_learned_from(tmp_path):
 
 @pytest.mark.parametrize(("texts", "vocab_size"), [(CORPUS, 100), ([], 400)])
 def test_training_errors_name_the_size_and_the_texts(texts, vocab_size, tmp_path):
-    with pytest.raises(
-        UserError, match=f"vocab_size {vocab_size}: no tokenizer of {len(texts)} texts"
-    ) as error:
+    with pytest.raises(UserError, match=f"vocab_size {vocab_size}: no tokenizer of {len(texts)} texts") as error:
         train_sentencepiece(texts, vocab_size, tmp_path)
     assert "\n" not in str(error.value)
 
@@ -516,9 +505,7 @@ def test_a_corrupt_tokenizer_is_named(name, content, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "config.json"])
-@pytest.mark.parametrize(
-    ("content", "reason"), [("{", "not valid JSON"), ("[]", "expected a JSON object, found list")]
-)
+@pytest.mark.parametrize(("content", "reason"), [("{", "not valid JSON"), ("[]", "expected a JSON object, found list")])
 def test_a_corrupt_settings_file_is_named(name, content, reason, small, tmp_path):
     folder = folder_with(tmp_path, small, "spiece.model")
     (folder / name).write_text(content)
@@ -528,9 +515,7 @@ def test_a_corrupt_settings_file_is_named(name, content, reason, small, tmp_path
 
 def test_a_special_token_outside_of_the_vocabulary_is_named(small, tmp_path):
     folder = folder_with(tmp_path, small, "spiece.model", tokenizer_config={"pad_token": "[PAD]"})
-    with pytest.raises(
-        UserError, match=r"tokenizer_config.json: pad_token '\[PAD\]' is not in the vocabulary"
-    ):
+    with pytest.raises(UserError, match=r"tokenizer_config.json: pad_token '\[PAD\]' is not in the vocabulary"):
         load_tokenizer(folder)
 
 

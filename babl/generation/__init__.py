@@ -1,0 +1,5 @@
+"""From prompts to answers."""
+
+from babl.generation.engine import Engine
+
+__all__ = ["Engine"]

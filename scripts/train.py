@@ -1,0 +1,258 @@
+"""Fine-tunes a model on question answering: the whole loop, to be read and edited.
+
+    python scripts/train.py configs/debug_cpu.toml
+    torchrun --nproc_per_node=8 scripts/train.py configs/t5_small_squad.toml optim.lr=5e-4 run.name=hot
+
+Each `section.key=value` overrides the file. Without a configuration, configs/debug_cpu.toml runs. The run's folder
+holds run.toml (what was run), metrics.jsonl (a line a step) and checkpoints/ (each a model folder).
+"""
+
+import io
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from babl.config import at_least, load_config, save_config
+from babl.data.collate import Batch, Feature, collate, make_features
+from babl.data.contexts import Arm, context_for
+from babl.data.loader import Loader, dropout_keys, plan_epoch
+from babl.data.sets import DataConfig, load_sets
+from babl.data.squad import Example
+from babl.distributed.ddp import DDP
+from babl.distributed.env import World, world
+from babl.errors import UserError
+from babl.generation import Engine
+from babl.models.build import ModelConfig, build_model
+from babl.models.weights import read_weights, save_pretrained
+from babl.text import train_tokenizer
+from babl.text.prompts import qa_prompt
+from babl.training.checkpoint import newest_whole, read_state, save_checkpoint
+from babl.training.loss import name_nonfinite, token_loss
+from babl.training.metrics import MetricsLog
+from babl.training.optimizer import OptimConfig, make_optimizer
+from babl.training.schedule import learning_rate
+
+DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "debug_cpu.toml"
+
+
+@dataclass
+class RunConfig:
+    """Where the run lives; `resume` goes on from its newest whole checkpoint."""
+
+    name: str = "run"
+    dir: str = "runs"
+    seed: int = 0
+    resume: bool = False
+
+
+@dataclass
+class BatchConfig:
+    """Tokens of a step on all ranks, padding included, and the parts each rank computes its share in."""
+
+    tokens: int = 8192
+    accumulation: int = 1
+
+
+@dataclass
+class LoopConfig:
+    """How long, how exact, how often; a period of 0 means only at the end."""
+
+    steps: int = 1000
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    validate_every: int = 0
+    save_every: int = 0
+    keep_last: int = 2
+    tensorboard: bool = False
+
+
+@dataclass
+class DistributedConfig:
+    """How the model is spread over processes."""
+
+    backend: Literal["ddp"] = "ddp"
+
+
+@dataclass
+class TrainConfig:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    def __post_init__(self) -> None:
+        at_least(1, train__steps=self.train.steps, batch__accumulation=self.batch.accumulation)
+        at_least(0, optim__lr=self.optim.lr, optim__max_grad_norm=self.optim.max_grad_norm, run__seed=self.run.seed)
+        if self.train.precision == "fp16":
+            raise UserError(
+                'train.precision is "fp16", which overflows in T5\'s feed-forward layers; use "bf16", which does not'
+            )
+
+
+def train(cfg: TrainConfig) -> Path:
+    """Returns the last checkpoint, a model folder, of a run that has done all its steps."""
+    with world() as me:
+        folder = Path(cfg.run.dir) / cfg.run.name
+        checkpoints = folder / "checkpoints"
+        say = partial(print, file=sys.stderr if me.is_main else io.StringIO())
+        train_set, validation_set = load_sets(cfg.data, cfg.run.seed)
+        if me.is_main:
+            begin_folder(cfg, folder, train_set)
+        me.barrier()
+        model, tokenizer = build_model(cfg.model, folder / "tokenizer", cfg.run.seed)
+        window = cfg.data.context, tokenizer, cfg.data.max_source_tokens, cfg.data.stride
+        features, losses = make_features(train_set, *window)
+        validation, _ = make_features(validation_set, *window)
+        say(f"{len(train_set):,} questions, {len(features):,} examples; {losses}")
+        lengths = [len(feature) for feature in features]
+        loader = Loader(lengths, cfg.batch.tokens, cfg.run.seed, me.rank, me.size, cfg.batch.accumulation)
+        backend = DDP(me, torch.bfloat16 if cfg.train.precision == "bf16" else None)
+        backend.setup(model, partial(make_optimizer, cfg=cfg.optim))
+        step = 0
+        newest, passed_over = newest_whole(checkpoints)
+        for line in passed_over:
+            say(line)
+        if newest:
+            backend.load(newest, read_weights)
+            state = read_state(newest)
+            step = state["step"]
+            loader.restore(state["loader"])
+            say(f"resumed from {newest}")
+        log = MetricsLog(folder, step, cfg.train.tensorboard) if me.is_main else None
+
+        def micro_batch(of: list[Feature], indices: list[int]) -> Batch:
+            keys = dropout_keys(cfg.run.seed, step, indices)
+            config = model.config
+            return collate([of[i] for i in indices], config.pad_token_id, config.decoder_start_token_id, keys).to(
+                me.device
+            )
+
+        def save() -> None:
+            def write(target: Path) -> None:
+                backend.save(target, save_pretrained)
+                tokenizer.save(target)
+                save_config(cfg, target / "run.toml")
+
+            if me.is_main:
+                state = {"step": step, "loader": loader.state()}
+                save_checkpoint(checkpoints, step, state, cfg.train.keep_last, write)
+            me.barrier()
+
+        torch.set_flush_denormal(True)  # Adam's moments fade into denormals, which a CPU computes many times slower
+        bar = tqdm(total=cfg.train.steps, initial=step, desc=cfg.run.name, unit="step", disable=not me.is_main)
+        model.train()
+        while step < cfg.train.steps:
+            step += 1
+            batches = [micro_batch(features, indices) for indices in loader.next_step()]
+            (targets,) = me.sum(sum(batch.targets for batch in batches))
+            lr = learning_rate(cfg.optim.schedule, cfg.optim.lr, step, cfg.train.steps, cfg.optim.warmup_steps)
+            total = torch.zeros((), device=me.device)
+            for batch in batches:
+                with backend.microbatch(last=batch is batches[-1]):
+                    loss = token_loss(backend.model, batch, cfg.optim.label_smoothing) / targets
+                    backend.backward(loss)
+                total += loss.detach()
+            grad_norm = backend.step(lr, cfg.optim.max_grad_norm)
+            mean_loss, tokens, padded, examples = me.sum(
+                total.item(),
+                sum(b.tokens for b in batches),
+                sum(b.padded for b in batches),
+                sum(len(b.ids) for b in batches),
+            )
+            if not math.isfinite(mean_loss + grad_norm):
+                raise FloatingPointError(f"step {step}, rank {me.rank}: {name_nonfinite(model, batches)}")
+            if log:
+                log.write(
+                    step, tokens, loss=mean_loss, lr=lr, grad_norm=grad_norm, target_tokens=int(targets),
+                    examples=int(examples), padding_fraction=round(1 - tokens / padded, 4),
+                )  # fmt: skip
+                bar.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
+                bar.update()
+            last = step == cfg.train.steps
+            if last or (cfg.train.validate_every and step % cfg.train.validate_every == 0):
+                val_loss = validate(backend.model, validation, micro_batch, cfg.batch.tokens, me)
+                if log:
+                    log.write(step, validation_loss=val_loss)
+                    say(f"step {step}: validation loss {val_loss:.4f}")
+                    show_answers(Engine(model, tokenizer), validation_set[:3], cfg.data.context, say)
+            if last or (cfg.train.save_every and step % cfg.train.save_every == 0):
+                save()
+            if log:
+                log.start_clock()
+        bar.close()
+        if log:
+            log.close()
+    return checkpoints / "latest"
+
+
+def begin_folder(cfg: TrainConfig, folder: Path, train_set: list[Example]) -> None:
+    """The run's folder holds run.toml and, where the configuration names none, a tokenizer of its own."""
+    if (folder / "run.toml").exists() and not cfg.run.resume:
+        raise UserError(f"{folder}: a run is there already; go on with run.resume=true, or choose another run.name")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(cfg, folder / "run.toml")
+    except OSError as error:
+        raise UserError(f"run.dir: {folder} cannot be written ({error.strerror})") from None
+    if not (cfg.model.path or cfg.model.tokenizer or (folder / "tokenizer").exists()):
+        texts = (qa_prompt(e.question, e.context) for e in train_set)
+        train_tokenizer(texts, cfg.model.tokenizer_size, folder / "tokenizer")
+
+
+@torch.no_grad()
+def validate(model: nn.Module, features: list[Feature], make_batch: Callable, tokens: int, me: World) -> float:
+    """Returns the mean loss of a target token; every rank computes as many batches, so that nobody waits for ever."""
+    batches = plan_epoch([len(f) for f in features], tokens, seed=0, epoch=0)
+    batches += [[]] * (-len(batches) % me.size)
+    total = targets = 0.0
+    model.eval()
+    for indices in tqdm(batches[me.rank :: me.size], desc="validation", leave=False, disable=not me.is_main):
+        batch = make_batch(features, indices)
+        total += token_loss(model, batch).item()
+        targets += batch.targets
+    model.train()
+    total, targets = me.sum(total, targets)
+    return total / targets
+
+
+def show_answers(engine: Engine, examples: list[Example], arm: Arm, say: Callable) -> None:
+    """A few answers stand beside what they should be."""
+    answers = engine.generate([qa_prompt(e.question, context_for(e, arm)) for e in examples])
+    for example, answer in zip(examples, answers, strict=True):
+        say(f"  {example.question}  ->  {answer!r}, should be {[a.text for a in example.answers]}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the training a command line asks for; returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    path: str | Path = DEFAULT_CONFIG
+    if arguments and "=" not in arguments[0]:
+        path, *arguments = arguments
+    elif os.environ.get("RANK", "0") == "0":
+        print(f"no configuration given: running {DEFAULT_CONFIG}", file=sys.stderr)
+    try:
+        print(train(load_config(TrainConfig, path, arguments)))
+    except UserError as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

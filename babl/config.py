@@ -58,7 +58,7 @@ def _parse(text: str) -> Any:
 def _build(cls: type[T], tree: dict[str, Any], file: str, prefix: str) -> T:
     """Returns cls(**tree), each value checked against the type its field declares."""
     types = typing.get_type_hints(cls)
-    values = {}
+    values: dict[str, Any] = {}
     for name, value in tree.items():
         key = prefix + name
         if name not in types:

@@ -36,12 +36,14 @@ class Relation:
     Attributes:
         values: All values, equally likely; empty where the value is a person's name.
         statements: Sentences with {subject} and {value}.
-        questions: Questions with {subject}.
+        questions: Questions with {subject}, answered by the value.
+        who: Questions with {value}, answered by the subject.
     """
 
     values: tuple[str, ...]
     statements: tuple[str, ...]
     questions: tuple[str, ...]
+    who: tuple[str, ...] = ()
 
 
 TOWN = (
@@ -102,6 +104,7 @@ PERSON = (
             "What does {subject} work as?",
             "Which trade does {subject} follow?",
         ),
+        ("Who works as a {value}?", "Who is the {value}?"),
     ),
     Relation(
         ("red", "blue", "green", "yellow", "white", "black", "brown", "purple", "orange", "grey"),
@@ -116,6 +119,7 @@ PERSON = (
             "Which colour does {subject} wear?",
             "In which colour does one see {subject}?",
         ),
+        ("Who wears a {value} coat?", "To whom does the {value} coat belong?"),
     ),
     Relation(
         ("flute", "drum", "harp", "fiddle", "horn", "lute", "bell", "pipe", "organ", "trumpet"),
@@ -125,6 +129,7 @@ PERSON = (
             "In the evening {subject} practises the {value}.",
         ),
         ("Which instrument does {subject} play?", "What does {subject} practise?"),
+        ("Who plays the {value}?", "Who practises the {value}?"),
     ),
     Relation(
         ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
@@ -134,6 +139,7 @@ PERSON = (
             "Each {value} {subject} goes to the market.",
         ),
         ("On which day does {subject} come to the market?", "Which day is the stall of {subject} open?"),
+        ("Who comes to the market on {value}?", "Whose stall is open on {value}?"),
     ),
     Relation(
         (),
@@ -205,12 +211,11 @@ def portrait_facts(names: Names, rng: random.Random) -> list[Fact]:
 
 
 def pair_facts(names: Names, rng: random.Random) -> list[Fact]:
-    """Returns the same kind of fact about two people, with different values, and the name of one's teacher."""
-    *plain, teacher = PERSON
-    pair, relation = (names.new(), names.new()), rng.choice(plain)
+    """Returns the same kind of fact about two people, with different values."""
+    *plain, _ = PERSON
+    relation = rng.choice(plain)
     values = rng.sample(relation.values, ENTITY_CANDIDATES)
-    facts = [Fact(person, relation, value, "entity") for person, value in zip(pair, values, strict=True)]
-    return [*facts, Fact(rng.choice(pair), teacher, names.new(), "name")]
+    return [Fact(names.new(), relation, value, "entity") for value in values]
 
 
 def paragraph(facts: list[Fact], rng: random.Random, next_id: Iterator[int], unanswerable: float) -> dict[str, Any]:
@@ -224,35 +229,33 @@ def paragraph(facts: list[Fact], rng: random.Random, next_id: Iterator[int], una
     """
     order: list[Fact | None] = [*facts, None] if rng.random() < DISTRACTED else [*facts]
     rng.shuffle(order)
-    context, starts = "", {}
+    context = ""
+    starts: dict[Fact, tuple[int, int]] = {}  # of the value and of the subject
     for fact in order:
         if context:
             context += " "
         if fact is None:
             context += rng.choice(DISTRACTORS)
             continue
-        before, after = rng.choice(fact.relation.statements).replace("{subject}", fact.subject).split("{value}")
-        starts[fact] = len(context) + len(before)
-        context += before + fact.value + after
+        sentence = rng.choice(fact.relation.statements)
+        at = len(context)
+        context += sentence.format(subject=fact.subject, value=fact.value)
+        starts[fact] = context.index(fact.value, at), context.index(fact.subject, at)
+    asked = [(fact, False) for fact in facts] + [(fact, True) for fact in facts if fact.grade == "entity"]
     said = {(fact.subject, fact.relation) for fact in facts}
-    relations = {id(fact.relation): fact.relation for fact in facts}.values()
+    relations = TOWN if facts[0].relation in TOWN else PERSON
+    unsaid = [(fact.subject, r) for fact in facts for r in relations if (fact.subject, r) not in said]
     questions = []
-    for fact in facts:
-        subject, relation, answers = (
-            fact.subject,
-            fact.relation,
-            [{"text": fact.value, "answer_start": starts[fact]}],
-        )
-        unsaid = [(f.subject, r) for f in facts for r in relations if (f.subject, r) not in said]
+    for fact, who in asked:
+        subject, relation = fact.subject, fact.relation
+        text = rng.choice(relation.who if who else relation.questions).format(subject=subject, value=fact.value)
+        answers = [{"text": subject if who else fact.value, "answer_start": starts[fact][who]}]
         impossible = bool(unsaid) and rng.random() < unanswerable
         if impossible:
-            (subject, relation), answers = rng.choice(unsaid), []
-        question = {
-            "id": f"fictional-{next(next_id):06d}",
-            "question": rng.choice(relation.questions).format(subject=subject),
-            "answers": answers,
-            "grade": fact.grade,
-        }
+            subject, relation = rng.choice(unsaid)
+            text, answers = rng.choice(relation.questions).format(subject=subject), []
+        grade = "name" if who else fact.grade
+        question = {"id": f"fictional-{next(next_id):06d}", "question": text, "answers": answers, "grade": grade}
         questions.append(question | {"is_impossible": impossible} if unanswerable else question)
     return {"context": context, "qas": questions}
 
@@ -263,7 +266,7 @@ def fictional_corpus(
     """Returns a training and a dev set that share no title and no name, as parsed SQuAD files.
 
     Args:
-        train_articles: Articles to train on, 18 questions each.
+        train_articles: Articles to train on, 23 questions each.
         dev_articles: Articles held out.
         seed: Same seed, same corpus.
         unanswerable: Share of the questions that ask for something unsaid; above 0 the files are of version 2.0.

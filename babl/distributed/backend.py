@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 OptimizerFn = Callable[[nn.Module], torch.optim.Optimizer]
-WeightsFn = Callable[[nn.Module, Path], None]  # writes or reads a model folder's weights
+WeightsFn = Callable[[Any, Path], None]  # writes or reads a model folder's weights
 
 
 class Backend(Protocol):

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -32,9 +33,9 @@ class DDP:
     @contextmanager
     def microbatch(self, last: bool) -> Iterator[None]:
         """Within it a forward and a backward run; gradients meet only on the step's last micro-batch."""
-        wait = isinstance(self.model, DistributedDataParallel) and not last
+        alone = last or not isinstance(self.model, DistributedDataParallel)
         with (
-            self.model.no_sync() if wait else nullcontext(),
+            nullcontext() if alone else cast(DistributedDataParallel, self.model).no_sync(),
             torch.autocast(self.world.device.type, self.autocast, enabled=self.autocast is not None),
         ):
             yield

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
+from babl.models.layers import Model
 from babl.text import Tokenizer
 
 
@@ -28,7 +29,7 @@ class Answer:
 class Engine:
     """A model and its tokenizer, answering."""
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer):
+    def __init__(self, model: Model, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
         self.device = next(model.parameters()).device
 

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
-from torch import nn
 
 from babl.errors import UserError, did_you_mean
+from babl.models.layers import Model
 from babl.models.weights import FAMILIES, from_pretrained
 from babl.text import Tokenizer, load_tokenizer
 
@@ -31,7 +31,7 @@ class ModelConfig:
     tokenizer_size: int = 1000
 
 
-def build_model(cfg: ModelConfig, trained_tokenizer: Path, seed: int) -> tuple[nn.Module, Tokenizer]:
+def build_model(cfg: ModelConfig, trained_tokenizer: Path, seed: int) -> tuple[Model, Tokenizer]:
     """Returns model and tokenizer.
 
     Args:
@@ -46,10 +46,11 @@ def build_model(cfg: ModelConfig, trained_tokenizer: Path, seed: int) -> tuple[n
         return from_pretrained(cfg.path), load_tokenizer(cfg.tokenizer or cfg.path)
     tokenizer = load_tokenizer(cfg.tokenizer or trained_tokenizer)
     family = FAMILIES[cfg.family]
-    types = {f.name: f.type for f in fields(family.config)}
+    types = get_type_hints(family.config)
+    names = [f.name for f in fields(family.config)]
     for name, value in cfg.shape.items():
-        if name not in types:
-            raise UserError(f"unknown key 'model.shape.{name}'{did_you_mean(name, types)}")
+        if name not in names:
+            raise UserError(f"unknown key 'model.shape.{name}'{did_you_mean(name, names)}")
         if not isinstance(value, types[name]):
             raise UserError(f"model.shape.{name} is {value!r}, expected {types[name].__name__}")
     model = family.model(family.config(**({"vocab_size": tokenizer.vocab_size} | cfg.shape)))

@@ -1,9 +1,36 @@
 """What every family computes identically."""
 
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from babl import ops
+from babl.models.cache import Cache
+
+
+class Model(nn.Module, ABC):
+    """What loop, engine and folders ask of every family; calling it gives logits for each position."""
+
+    config: Any
+
+    @abstractmethod
+    def tie_weights(self) -> None:
+        """Head and embedding are one parameter, where the config says so."""
+
+    @abstractmethod
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Every parameter is drawn anew, from `generator` alone."""
+
+    @abstractmethod
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor, room: int) -> tuple[Cache, Tensor]:
+        """Returns a cache with room for `room` new tokens and the logits (B, V) of the first of them."""
+
+    @abstractmethod
+    def decode(self, ids: Tensor, cache: Cache) -> Tensor:
+        """Returns logits (B, n, V) for the token after each of the new tokens, (B, n) int64, which enter the cache."""
 
 
 class Dropout(nn.Module):

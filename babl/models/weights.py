@@ -1,6 +1,7 @@
 """Models in and out of transformers folders: config.json and safetensors, single or sharded."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from babl.errors import UserError, did_you_mean
 from babl.models import t5
+from babl.models.layers import Model
+from babl.text.tokenizer import TOKENIZER_FILES
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -21,8 +24,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 class Family(NamedTuple):
     """One model file, as loading and saving see it."""
 
-    model: type
-    config: type
+    model: type[Model]
+    config: Any  # a dataclass with from_hf and to_hf
     hf_keys: Callable[[Any], dict[str, str]]
     ignored: frozenset[str]  # tensors that old folders carry and the model never used
 
@@ -53,7 +56,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def from_pretrained(
     folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> nn.Module:
+) -> Model:
     """Returns the model of a folder, in evaluation mode; its weights take their memory once.
 
     Args:
@@ -83,7 +86,7 @@ def from_pretrained(
 
 
 @torch.no_grad()
-def read_weights(model: nn.Module, folder: Path) -> None:
+def read_weights(model: Model, folder: Path) -> None:
     """The model's parameters, wherever they are, hold the values of the folder.
 
     Raises:
@@ -127,7 +130,7 @@ def _open(path: Path) -> Any:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 
 
-def _checked_keys(model: nn.Module, folder: Path, found: dict[str, Any]) -> dict[str, str]:
+def _checked_keys(model: Model, folder: Path, found: dict[str, Any]) -> dict[str, str]:
     """Returns each parameter's name in the files, where every one is there in its shape, and no other."""
     family = FAMILIES[model.config.model_type]
     keys = family.hf_keys(model.config)
@@ -146,14 +149,14 @@ def _checked_keys(model: nn.Module, folder: Path, found: dict[str, Any]) -> dict
     return keys
 
 
-def hf_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def hf_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
     """Yields each parameter once, under its name in a transformers folder."""
     keys = FAMILIES[model.config.model_type].hf_keys(model.config)
     for name, parameter in model.named_parameters():
         yield keys[name], parameter.detach()
 
 
-def save_pretrained(model: nn.Module, folder: str | Path) -> None:
+def save_pretrained(model: Model, folder: str | Path) -> None:
     """The folder holds config.json and model.safetensors as transformers reads them, every tensor once."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,3 +169,21 @@ def write_weights(config: dict[str, Any], tensors: Iterable[tuple[str, Tensor]],
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8")
     save_file(state, folder / SINGLE, metadata={"format": "pt"})
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Returns family, size, dtype and bytes of a model folder, without reading its weights.
+
+    Raises:
+        UserError: As `from_pretrained`.
+    """
+    hf = read_config(folder)
+    with _tensors(folder) as found:
+        slices = [file.get_slice(key) for key, file in found.items()]
+        return {
+            "family": hf["model_type"],
+            "parameters": sum(math.prod(part.get_shape()) for part in slices),
+            "dtypes": ", ".join(sorted({part.get_dtype() for part in slices})),
+            "bytes": sum(path.stat().st_size for path in _weight_files(folder)),
+            "tokenizer": next((name for name in TOKENIZER_FILES if (folder / name).is_file()), "none"),
+        }

@@ -73,7 +73,7 @@ def save_checkpoint(
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """Returns the newest checkpoint without a fault, and a line for each newer one passed over."""
-    passed = []
+    passed: list[str] = []
     for path in sorted(folder.glob("step_*"), reverse=True):
         fault = find_fault(path)
         if fault is None:

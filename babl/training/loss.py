@@ -22,9 +22,9 @@ def name_nonfinite(model: nn.Module, batches: list[Batch]) -> str:
         if not parameter.isfinite().all():
             return f"parameter {name} is not finite"
     for batch in batches:
-        name = _first_module(model, batch)
-        if name:
-            return f"the output of {name} is not finite for examples {', '.join(batch.ids[:8])}"
+        module = _first_module(model, batch)
+        if module:
+            return f"the output of {module} is not finite for examples {', '.join(batch.ids[:8])}"
     ids = ", ".join(name for batch in batches for name in batch.ids[:8])
     return f"a gradient is not finite, though every output is; examples {ids}"
 

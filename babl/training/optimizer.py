@@ -36,7 +36,8 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
 
     Ref: Loshchilov and Hutter 2019; Shazeer and Stern 2018, algorithm 5.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for key, parameter in model.named_parameters():
         exempt = parameter.ndim < 2 or "relative_bias" in key
         (plain if exempt else decayed).append(parameter)

@@ -1,0 +1,237 @@
+"""The `babl` command: thin verbs, each of which imports what it needs when it is called."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from babl import __version__
+from babl.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb; returns 0, 1 where a run failed, or 2 where the input was wrong."""
+    args, rest = _parser().parse_known_args(argv)
+    if rest and args.verb != "train":
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.verb == "train":
+        args.overrides += rest
+    try:
+        return args.run(args) or 0
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"babl {args.verb}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        sys.stderr.close()
+        return 1
+    except KeyboardInterrupt:
+        print(f"babl {args.verb}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="babl", description="Fine-tune T5 with a loop you can read, and measure whether context helps."
+    )
+    parser.add_argument("--version", action="version", version=f"babl {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a user error")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = verb("demo", demo, "embedded data: a model with and one without the context, compared in a report")
+    sub.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo")
+    sub.add_argument("--minutes", type=float, default=6.0, help="about how long all of it may take (default 6)")
+    sub.add_argument("--seed", type=int, default=0)
+
+    sub = verb("train", train, "train as the configuration says")
+    sub.add_argument("config", metavar="CONFIG.toml")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+
+    sub = verb("evaluate", evaluate, "a model's answers to a data set, and their official scores")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("data", metavar="DATA.json")
+    sub.add_argument("--context", default="gold", metavar="ARM", help="what the model sees: gold (default) or none")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="write predictions.json and metrics.json there")
+    sub.add_argument("--limit", type=int, metavar="N", help="the first N questions only")
+    sub.add_argument("--max-source-tokens", type=int, default=512, metavar="N")
+    sub.add_argument("--stride", type=int, default=128, metavar="N", help="tokens neighbouring windows share")
+    sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    sub.add_argument("--json", action="store_true")
+
+    sub = verb("score", score, "the official SQuAD metrics of a prediction file")
+    sub.add_argument("data", metavar="DATA.json")
+    sub.add_argument("predictions", metavar="PREDICTIONS.json")
+    sub.add_argument("--na-prob", metavar="FILE", help="question id -> probability of no answer (version 2.0)")
+    sub.add_argument("--na-threshold", type=float, default=1.0, metavar="T", help="abstain above it (default 1.0)")
+    sub.add_argument("--missing", choices=("error", "zero"), default="error", help="questions without a prediction")
+    sub.add_argument("--json", action="store_true", help="(the output is JSON in any case)")
+
+    sub = verb("query", query, "one answer")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("question", metavar="QUESTION")
+    context = sub.add_mutually_exclusive_group()
+    context.add_argument("--context", metavar="TEXT")
+    context.add_argument("--context-file", type=Path, metavar="FILE")
+    sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    sub.add_argument("--json", action="store_true")
+
+    sub = verb("info", info, "what a model folder or checkpoint holds, and whether it is whole")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("--json", action="store_true")
+
+    sub = verb("doctor", doctor, "what this machine can run, and what is missing")
+    sub.add_argument("--json", action="store_true")
+    return parser
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Runs scripts/demo.py."""
+    from babl.scripts.demo import run
+
+    return run(args.out, args.minutes, args.seed)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Runs scripts/train.py."""
+    from babl.scripts.train import main as train_main
+
+    return train_main([args.config, *args.overrides])
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Prints the metrics of a model on a data set."""
+    from babl.data.contexts import ARMS
+    from babl.data.squad import load_squad
+    from babl.errors import did_you_mean
+    from babl.evaluation.runner import evaluate as run
+
+    if args.context not in ARMS:
+        raise UserError(
+            f"--context is {args.context!r}, expected one of {', '.join(ARMS)}{did_you_mean(args.context, ARMS)}"
+        )
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit is {args.limit}, expected at least 1")
+    examples = load_squad(args.data)[: args.limit]
+    engine = _engine(args.model)
+    result = run(engine, examples, args.context, args.max_source_tokens, args.stride, args.max_new_tokens)
+    if args.out:
+        try:
+            result.save(args.out)
+        except OSError as error:
+            raise UserError(f"--out: {args.out} cannot be written ({error.strerror})") from None
+    _show(result.metrics, args.json)
+
+
+def score(args: argparse.Namespace) -> None:
+    """Prints the official metrics as JSON."""
+    from babl.data.squad import load_squad, to_squad
+    from babl.evaluation.squad import score as official
+
+    dataset = to_squad(load_squad(args.data))
+    na_prob = _read_json(args.na_prob) if args.na_prob else None
+    predictions = _read_json(args.predictions)
+    print(json.dumps(official(dataset, predictions, na_prob, args.na_threshold, missing=args.missing), indent=2))
+
+
+def query(args: argparse.Namespace) -> None:
+    """Prints a model's answer to one question."""
+    import math
+
+    from babl.data.collate import make_prompts
+    from babl.data.squad import Example
+    from babl.text.prompts import clean_answer
+
+    context = args.context
+    if args.context_file:
+        try:
+            context = args.context_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--context-file: {args.context_file} cannot be read ({error})") from None
+    engine = _engine(args.model)
+    example = Example("query", "", args.question, context or "", ())
+    prompts = make_prompts([example], "none" if context is None else "gold", engine.tokenizer, 512, 128)
+    best = max(engine.answer([p.text for p in prompts], args.max_new_tokens), key=lambda answer: answer.log_prob)
+    if args.json:
+        found = {"answer": clean_answer(best.text), "probability": math.exp(best.log_prob), "complete": best.complete}
+        print(json.dumps(found | {"windows": len(prompts)}, ensure_ascii=False))
+    else:
+        print(clean_answer(best.text))
+
+
+def info(args: argparse.Namespace) -> None:
+    """Prints what a folder holds."""
+    from babl.models.weights import describe
+    from babl.training.checkpoint import MANIFEST, find_fault
+
+    facts = describe(Path(args.model))
+    if (Path(args.model) / MANIFEST).exists():
+        facts["whole"] = find_fault(Path(args.model)) or "yes"
+    _show(facts, args.json)
+
+
+def doctor(args: argparse.Namespace) -> None:
+    """Prints versions, processors and what is missing."""
+    import importlib.metadata
+    import importlib.util
+    import os
+    import platform
+
+    import torch
+
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    facts = {
+        "babl": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu_threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "gpu": cuda,
+        "trains": "float32" + (", bfloat16" if cuda != "none" else "; bfloat16 is slow on most CPUs"),
+    }
+    for package, use in (("tensorboard", "train.tensorboard=true"), ("triton", "kernels on a GPU")):
+        found = importlib.util.find_spec(package) is not None
+        facts[package] = importlib.metadata.version(package) if found else f"not installed (for {use})"
+    _show(facts, args.json)
+
+
+def _engine(model: str) -> Any:
+    from babl.generation import Engine
+    from babl.models import from_pretrained
+    from babl.text import load_tokenizer
+
+    return Engine(from_pretrained(model), load_tokenizer(model))
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: malformed JSON at line {error.lineno} column {error.colno}: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected an object of question ids, found {type(value).__name__}")
+    return value
+
+
+def _show(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value:.2f}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""Both arms of the experiment on the embedded data: `babl demo`.
+
+Writes a corpus about an invented world, trains one small T5 that sees the paragraph and one that does not, scores both
+on articles neither has seen, and leaves the models, report.html and report.json in the folder.
+"""
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from babl.scripts.train import BatchConfig, LoopConfig, RunConfig, TrainConfig, train
+
+from babl.data.contexts import Arm
+from babl.data.fictional import ENTITY_CANDIDATES, GRADES, chance_exact, fictional_corpus
+from babl.data.sets import DataConfig
+from babl.data.squad import load_squad
+from babl.errors import UserError
+from babl.evaluation.report import write_report
+from babl.evaluation.runner import evaluate
+from babl.generation import Engine
+from babl.models import from_pretrained
+from babl.models.build import ModelConfig
+from babl.text import load_tokenizer, train_tokenizer
+from babl.text.prompts import qa_prompt
+from babl.training.optimizer import OptimConfig
+
+TRAIN_ARTICLES, DEV_ARTICLES = 1600, 32
+TRIAL_STEPS = 60  # of the gold arm, to learn how fast this machine is
+BATCH_TOKENS, MAX_SOURCE, STRIDE = 4096, 128, 16
+RESERVE_SECONDS = 25  # for reading, scoring and drawing
+GOLD_SHARE = 0.7  # of the time, for the steps of the gold arm; the other arm's short inputs take about a third of that
+SHAPE = {
+    "d_model": 128,
+    "d_kv": 32,
+    "d_ff": 256,
+    "num_heads": 4,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "dropout_rate": 0.0,
+    "scale_decoder_outputs": False,
+}
+
+
+def run(out: Path, minutes: float, seed: int) -> int:
+    """Returns 0 once the report stands in `out`; what an earlier demo left there is replaced.
+
+    Args:
+        out: The folder.
+        minutes: About how long all of it may take.
+        seed: Of data, weights and order.
+    """
+    started = time.perf_counter()
+    if minutes < 1:
+        raise UserError(f"--minutes is {minutes:g}, expected at least 1")
+    _clear(out)
+    train_file, dev_file = _write_data(out / "data", seed)
+    texts = [qa_prompt(e.question, e.context) for e in load_squad(train_file)]
+    train_tokenizer(texts, 800, out / "tokenizer")
+
+    seconds_per_step = _trial(out, seed)
+    left = 60 * minutes - (time.perf_counter() - started) - RESERVE_SECONDS
+    steps = max(TRIAL_STEPS, int(GOLD_SHARE * left / seconds_per_step))
+    print(f"{seconds_per_step * 1000:.0f} ms a step: {steps:,} steps for each arm", file=sys.stderr)
+
+    arms: dict[str, Any] = {}
+    losses: dict[str, list[float]] = {}
+    dev = load_squad(dev_file)
+    for arm in ("none", "gold"):
+        begun = time.perf_counter()
+        checkpoint = train(_config(out, arm, arm, steps, seed))
+        folder = out / f"model-{arm}"
+        checkpoint.resolve().rename(folder)
+        result = evaluate(Engine(from_pretrained(folder), load_tokenizer(folder)), dev, arm, MAX_SOURCE, STRIDE, 16)
+        result.save(out / f"answers-{arm}")
+        lines = [json.loads(line) for line in (out / arm / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        losses[arm] = [line["loss"] for line in lines if "loss" in line]
+        arms[arm] = {
+            "exact": result.metrics["exact_match"],
+            "f1": result.metrics["f1"],
+            "interval": result.metrics["exact_interval"],
+            "grades": {grade: result.metrics["grades"][grade] for grade in GRADES},
+            "model": str(folder),
+            "steps": steps,
+            "seconds": round(time.perf_counter() - begun, 1),
+        }
+    golds = [(example.grade, example.answers[0].text) for example in dev]
+    report = {
+        "arms": arms,
+        "chance_exact": chance_exact(text for _, text in golds),
+        "chance_grades": {grade: chance_exact(text for g, text in golds if g == grade) for grade in GRADES},
+        "between_candidates": 100 / ENTITY_CANDIDATES,
+        "difference": arms["gold"]["exact"] - arms["none"]["exact"],
+        "train_questions": len(texts),
+        "dev_questions": len(dev),
+        "articles": DEV_ARTICLES,
+        "seed": seed,
+        "seconds": round(time.perf_counter() - started, 1),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+    }
+    write_report(report, losses, out)
+    _print_table(report)
+    example = next(e for e in dev if e.grade == "type")
+    print(f"""
+{out / "report.html"} shows this with pictures. Now ask the model that reads:
+
+  babl query {arms["gold"]["model"]} "{example.question}" \\
+    --context "{example.context}"
+  babl evaluate {arms["gold"]["model"]} {dev_file} --context none
+  babl demo --out runs/demo30 --minutes 30""")
+    return 0
+
+
+def _trial(out: Path, seed: int) -> float:
+    """Returns the seconds that a step of the gold arm takes on this machine."""
+    train(_config(out, "trial", "gold", TRIAL_STEPS, seed))
+    lines = (out / "trial" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    stamps = [line for line in map(json.loads, lines) if "loss" in line]
+    seconds = [BATCH_TOKENS * (1 - line["padding_fraction"]) / line["tokens_per_second"] for line in stamps]
+    shutil.rmtree(out / "trial")
+    return statistics.median(seconds)
+
+
+def _config(out: Path, name: str, arm: Arm, steps: int, seed: int) -> TrainConfig:
+    return TrainConfig(
+        RunConfig(name=name, dir=str(out), seed=seed),
+        ModelConfig(family="t5", shape=SHAPE, tokenizer=str(out / "tokenizer")),
+        DataConfig(str(out / "data/train.json"), str(out / "data/dev.json"), arm, MAX_SOURCE, STRIDE),
+        BatchConfig(tokens=BATCH_TOKENS if arm == "gold" else BATCH_TOKENS * 2 // 5),
+        OptimConfig(lr=1e-3, schedule="trapezoid", warmup_steps=min(100, steps // 4)),
+        LoopConfig(steps=steps, keep_last=1),
+    )
+
+
+def _write_data(folder: Path, seed: int) -> list[Path]:
+    """Returns the files of the training and the dev set."""
+    folder.mkdir()
+    files = [folder / "train.json", folder / "dev.json"]
+    for file, data in zip(files, fictional_corpus(TRAIN_ARTICLES, DEV_ARTICLES, seed), strict=True):
+        file.write_text(json.dumps(data, indent=1), encoding="utf-8")
+    return files
+
+
+def _print_table(report: dict[str, Any]) -> None:
+    print(f"\n{'arm':<8}{'EM':>7}  {'95 % interval':^15}{'F1':>7}" + "".join(f"{f'EM {g}':>11}" for g in GRADES))
+    for name, arm in report["arms"].items():
+        low, high = arm["interval"]
+        grades = "".join(f"{arm['grades'][grade]:>11.1f}" for grade in GRADES)
+        print(f"{name:<8}{arm['exact']:>7.1f}  {f'{low:.1f} to {high:.1f}':^15}{arm['f1']:>7.1f}{grades}")
+    chance = "".join(f"{report['chance_grades'][grade]:>11.1f}" for grade in GRADES)
+    print(f"{'chance':<8}{report['chance_exact']:>7.1f}  {'':^15}{'':>7}{chance}")
+    print(
+        f"{report['dev_questions']} questions of {report['articles']} unseen articles; {report['seconds']:.0f} seconds"
+    )
+
+
+def _clear(out: Path) -> None:
+    """Nothing of an earlier demo is in the folder, and nothing else was touched."""
+    if out.exists() and not (out / "data" / "train.json").exists() and any(out.iterdir()):
+        raise UserError(f"--out: {out} holds something that is not a demo; choose an empty or a new folder")
+    try:
+        if out.exists():
+            shutil.rmtree(out)
+        out.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written ({error.strerror})") from None

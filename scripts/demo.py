@@ -9,14 +9,15 @@ import os
 import platform
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
-from babl.scripts.train import BatchConfig, LoopConfig, RunConfig, TrainConfig, train
 
+from babl.config import save_config
 from babl.data.contexts import Arm
 from babl.data.fictional import ENTITY_CANDIDATES, GRADES, chance_exact, fictional_corpus
 from babl.data.sets import DataConfig
@@ -27,24 +28,24 @@ from babl.evaluation.runner import evaluate
 from babl.generation import Engine
 from babl.models import from_pretrained
 from babl.models.build import ModelConfig
+from babl.scripts.train import BatchConfig, LoopConfig, RunConfig, TrainConfig
 from babl.text import load_tokenizer, train_tokenizer
 from babl.text.prompts import qa_prompt
 from babl.training.optimizer import OptimConfig
 
-TRAIN_ARTICLES, DEV_ARTICLES = 1600, 32
+TRAIN_ARTICLES, DEV_ARTICLES = 2000, 32
 TRIAL_STEPS = 60  # of the gold arm, to learn how fast this machine is
-BATCH_TOKENS, MAX_SOURCE, STRIDE = 4096, 128, 16
-RESERVE_SECONDS = 25  # for reading, scoring and drawing
-GOLD_SHARE = 0.7  # of the time, for the steps of the gold arm; the other arm's short inputs take about a third of that
+BATCH_TOKENS, MAX_SOURCE, STRIDE = 1536, 128, 16
+RESERVE_SECONDS = 40  # for reading, scoring and drawing
 SHAPE = {
-    "d_model": 128,
-    "d_kv": 32,
-    "d_ff": 256,
-    "num_heads": 4,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_heads": 8,
     "num_layers": 3,
     "num_decoder_layers": 2,
     "dropout_rate": 0.0,
-    "scale_decoder_outputs": False,
+    "scale_decoder_outputs": False,  # a small model's logits start too small with it
 }
 
 
@@ -66,17 +67,16 @@ def run(out: Path, minutes: float, seed: int) -> int:
 
     seconds_per_step = _trial(out, seed)
     left = 60 * minutes - (time.perf_counter() - started) - RESERVE_SECONDS
-    steps = max(TRIAL_STEPS, int(GOLD_SHARE * left / seconds_per_step))
-    print(f"{seconds_per_step * 1000:.0f} ms a step: {steps:,} steps for each arm", file=sys.stderr)
+    steps = max(TRIAL_STEPS, int(left / seconds_per_step))
+    print(f"{1000 * seconds_per_step:.0f} ms a step: {steps:,} steps for each arm, side by side", file=sys.stderr)
+    trained = _train_side_by_side(out, steps, seed)
 
     arms: dict[str, Any] = {}
     losses: dict[str, list[float]] = {}
     dev = load_squad(dev_file)
-    for arm in ("none", "gold"):
-        begun = time.perf_counter()
-        checkpoint = train(_config(out, arm, arm, steps, seed))
+    for arm, seconds in trained.items():
         folder = out / f"model-{arm}"
-        checkpoint.resolve().rename(folder)
+        (out / arm / "checkpoints" / "latest").resolve().rename(folder)
         result = evaluate(Engine(from_pretrained(folder), load_tokenizer(folder)), dev, arm, MAX_SOURCE, STRIDE, 16)
         result.save(out / f"answers-{arm}")
         lines = [json.loads(line) for line in (out / arm / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -88,7 +88,7 @@ def run(out: Path, minutes: float, seed: int) -> int:
             "grades": {grade: result.metrics["grades"][grade] for grade in GRADES},
             "model": str(folder),
             "steps": steps,
-            "seconds": round(time.perf_counter() - begun, 1),
+            "seconds": seconds,
         }
     golds = [(example.grade, example.answers[0].text) for example in dev]
     report = {
@@ -120,12 +120,46 @@ def run(out: Path, minutes: float, seed: int) -> int:
 
 def _trial(out: Path, seed: int) -> float:
     """Returns the seconds that a step of the gold arm takes on this machine."""
-    train(_config(out, "trial", "gold", TRIAL_STEPS, seed))
+    _start(_config(out, "trial", "gold", TRIAL_STEPS, seed), sys.stderr).wait()
     lines = (out / "trial" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    stamps = [line for line in map(json.loads, lines) if "loss" in line]
-    seconds = [BATCH_TOKENS * (1 - line["padding_fraction"]) / line["tokens_per_second"] for line in stamps]
+    steps = [line for line in map(json.loads, lines) if "loss" in line]
+    seconds = [BATCH_TOKENS * (1 - line["padding_fraction"]) / line["tokens_per_second"] for line in steps]
     shutil.rmtree(out / "trial")
     return statistics.median(seconds)
+
+
+def _train_side_by_side(out: Path, steps: int, seed: int) -> dict[Arm, float]:
+    """Returns the seconds each arm took; the gold arm's progress is shown, the other's is in none.log."""
+    begun = time.perf_counter()
+    seconds: dict[Arm, float] = {}
+    with (out / "none.log").open("w", encoding="utf-8") as log:
+        running: dict[Arm, subprocess.Popen] = {
+            "none": _start(_config(out, "none", "none", steps, seed), log),
+            "gold": _start(_config(out, "gold", "gold", steps, seed), sys.stderr),
+        }
+        try:
+            while len(seconds) < len(running):
+                time.sleep(0.2)
+                for arm, process in running.items():
+                    if arm not in seconds and process.poll() is not None:
+                        seconds[arm] = round(time.perf_counter() - begun, 1)
+                        if process.returncode:
+                            raise RuntimeError(f"training arm {arm} ended with exit code {process.returncode}")
+        finally:
+            for process in running.values():
+                process.terminate()
+                process.wait()
+    return {arm: seconds[arm] for arm in running}
+
+
+def _start(config: TrainConfig, log: TextIO) -> subprocess.Popen:
+    """Returns the running training, in a process and on a core of its own."""
+    file = Path(config.run.dir) / f"{config.run.name}.toml"
+    save_config(config, file)
+    command = [sys.executable, "-m", "babl.scripts.train", str(file)]
+    # Steps this small gain little from a second thread, and lose all of it where another process wants the core.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment)
 
 
 def _config(out: Path, name: str, arm: Arm, steps: int, seed: int) -> TrainConfig:

@@ -1,0 +1,55 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from babl.data.loader import Loader, dropout_keys, plan_epoch
+from babl.errors import UserError
+
+LENGTHS = [20 + (i * 37) % 140 for i in range(900)]
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=300), st.integers(60, 500), st.integers(0, 3))
+def test_an_epoch_has_every_example_once_within_the_budget(lengths, budget, epoch):
+    batches = plan_epoch(lengths, budget, seed=1, epoch=epoch)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    assert all(len(batch) * max(lengths[i] for i in batch) <= budget for batch in batches)
+
+
+def test_padding_stays_below_five_percent():
+    batches = plan_epoch(LENGTHS, 4000, seed=0, epoch=0)
+    padded = sum(len(batch) * max(LENGTHS[i] for i in batch) for batch in batches)
+    assert 1 - sum(LENGTHS) / padded < 0.05
+
+
+def test_epochs_and_seeds_differ_and_repeat():
+    assert plan_epoch(LENGTHS, 4000, 0, 0) == plan_epoch(LENGTHS, 4000, 0, 0)
+    assert plan_epoch(LENGTHS, 4000, 0, 0) != plan_epoch(LENGTHS, 4000, 0, 1) != plan_epoch(LENGTHS, 4000, 1, 1)
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (1, 4), (2, 2), (4, 1)])
+def test_a_step_has_the_same_examples_however_it_is_dealt(world, accumulation):
+    whole = Loader(LENGTHS, 4000, 0, 0, 1, 1)
+    ranks = [Loader(LENGTHS, 4000, 0, rank, world, accumulation) for rank in range(world)]
+    for _ in range(60):  # over the end of an epoch
+        (expected,) = whole.next_step()
+        dealt = [index for rank in ranks for micro in rank.next_step() for index in micro]
+        assert sorted(dealt) == sorted(expected)
+
+
+def test_it_goes_on_where_its_state_says():
+    a, b = Loader(LENGTHS, 4000, 0, 0, 1, 2), Loader(LENGTHS, 4000, 0, 0, 1, 2)
+    for _ in range(70):
+        a.next_step()
+    b.restore(a.state())
+    assert [a.next_step() for _ in range(40)] == [b.next_step() for _ in range(40)]
+
+
+def test_dropout_keys_differ_by_seed_step_and_example():
+    keys = [key for seed in range(3) for step in range(50) for key in dropout_keys(seed, step, range(40))]
+    assert len(set(keys)) == len(keys)
+    assert all(-(2**63) <= key < 2**63 for key in keys)
+
+
+def test_an_example_beyond_the_budget_is_named():
+    with pytest.raises(UserError, match=r"batch\.tokens is 100, but the longest example has 159 tokens"):
+        Loader(LENGTHS, 100, 0, 0, 1, 1)

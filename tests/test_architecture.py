@@ -1,0 +1,79 @@
+"""The house keeps its plan: imports point down, configurations load, help is instant."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from babl.config import load_config
+from babl.scripts.train import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+FLOORS = [
+    {"kernels"},
+    {"ops", "text", "distributed", "config", "errors"},
+    {"models", "data"},
+    {"generation", "training"},
+    {"evaluation", "experiment"},
+    {"scripts", "cli", "web"},
+]
+
+
+def room(module):
+    """`babl.data.squad` -> `data`; None outside of babl."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "babl" and len(parts) > 1 else None
+
+
+def modules():
+    for folder, package in (
+        (ROOT / "babl", "babl"),
+        (ROOT / "scripts", "babl.scripts"),
+        (ROOT / "kernels", "babl.kernels"),
+    ):
+        for path in folder.rglob("*.py"):
+            name = ".".join([package, *path.relative_to(folder).with_suffix("").parts])
+            yield name, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def test_imports_stay_in_their_package_or_go_down():
+    floor = {name: level for level, names in enumerate(FLOORS) for name in names}
+    wrong = []
+    for name, tree in modules():
+        for node in ast.walk(tree):
+            imported = [node.module] if isinstance(node, ast.ImportFrom) else []
+            imported += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for other in filter(None, map(room, filter(None, imported))):
+                here = room(name)
+                upwards = here in floor and floor[other] > floor[here]
+                sideways = here in floor and floor[here] == 5 and floor[other] == 5 and here != other
+                if upwards or (sideways and here != "cli"):
+                    wrong.append(f"{name} imports babl.{other}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.toml")), ids=lambda path: path.stem)
+def test_every_configuration_loads_and_is_short(path):
+    load_config(TrainConfig, path)
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 40
+
+
+def test_the_loop_stays_short():
+    source = (ROOT / "scripts" / "train.py").read_text(encoding="utf-8")
+    loops = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.While)]
+    assert len(source.splitlines()) <= 260
+    assert max(loop.end_lineno - loop.lineno for loop in loops) <= 90
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, babl.cli\n"
+        "try: babl.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'numpy', 'matplotlib', 'tokenizers') if m in sys.modules], file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr.strip() == "[]"
+    assert "demo" in result.stdout

@@ -1,0 +1,48 @@
+import pytest
+
+from babl.config import load_config, save_config
+from babl.errors import UserError
+from babl.scripts.train import TrainConfig
+
+
+def load(tmp_path, text, *overrides):
+    (tmp_path / "c.toml").write_text(text)
+    return load_config(TrainConfig, tmp_path / "c.toml", overrides)
+
+
+def test_overrides_win_over_the_file_which_wins_over_defaults(tmp_path):
+    config = load(tmp_path, "[optim]\nlr = 0.5\nwarmup_steps = 7\n", "optim.lr=2", "run.name=my run", "run.resume=true")
+    assert (config.optim.lr, config.optim.warmup_steps, config.optim.weight_decay) == (2.0, 7, 0.0)
+    assert (config.run.name, config.run.resume) == ("my run", True)
+
+
+def test_a_saved_configuration_loads_as_it_was(tmp_path):
+    config = load(tmp_path, "", "model.shape={d_model=8}")
+    save_config(config, tmp_path / "run.toml")
+    assert load_config(TrainConfig, tmp_path / "run.toml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "message"),
+    [
+        ("[optim]\nlrr = 1.0", None, r"unknown key 'optim\.lrr'; did you mean 'lr'\?"),
+        ("[optimm]\nlr = 1.0", None, r"unknown section 'optimm'; did you mean 'optim'\?"),
+        ("[train]\nsteps = 'many'", None, r'train\.steps is "many", expected int'),
+        ("[train]\nsteps = true", None, r"train\.steps is true, expected int"),
+        ("", "train.steps=1.5", r"train\.steps is 1\.5, expected int"),
+        ("", "train.steps=0", r"train\.steps is 0, expected at least 1"),
+        ("", "optim.name=adam", r'optim\.name is "adam", expected one of adamw, adafactor; did you mean'),
+        ("", "train.precision=fp16", r'"fp16", which overflows in T5'),
+        ("", "steps=3", r"'steps=3': expected section\.key=value"),
+        ("[train", None, r"c\.toml: "),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(tmp_path, text, override, message):
+    with pytest.raises(UserError, match=message) as error:
+        load(tmp_path, text, *([override] if override else []))
+    assert "\n" not in str(error.value)
+
+
+def test_an_absent_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no\.toml: no such configuration file"):
+        load_config(TrainConfig, tmp_path / "no.toml")

@@ -121,12 +121,14 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError(f"--limit is {args.limit}, expected at least 1")
     examples = load_squad(args.data)[: args.limit]
     engine = _engine(args.model)
-    result = run(engine, examples, args.context, args.max_source_tokens, args.stride, args.max_new_tokens)
-    if args.out:
+    if args.out:  # before the work, not after it
         try:
-            result.save(args.out)
+            args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out: {args.out} cannot be written ({error.strerror})") from None
+    result = run(engine, examples, args.context, args.max_source_tokens, args.stride, args.max_new_tokens)
+    if args.out:
+        result.save(args.out)
     _show(result.metrics, args.json)
 
 

@@ -107,7 +107,7 @@ PERSON = (
         ("Who works as a {value}?", "Who is the {value}?"),
     ),
     Relation(
-        ("red", "blue", "green", "yellow", "white", "black", "brown", "purple", "orange", "grey"),
+        ("red", "blue", "green", "yellow", "white", "black", "brown", "purple", "golden", "grey"),
         (
             "{subject} wears a {value} coat.",
             "The coat of {subject} is {value}.",

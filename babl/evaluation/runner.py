@@ -74,6 +74,7 @@ def evaluate(
     metrics = score(data, predictions) | {
         "exact_interval": cluster_bootstrap(exact, titles),
         "articles": len(set(titles)),
+        "attainable_exact": attainable_exact(engine.tokenizer, examples),
         "context": arm,
         "windowed": len(prompts) - len(examples),
         "empty": sum(not text for text in predictions.values()),

@@ -44,4 +44,4 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     if cfg.name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
-    return torch.optim.Adafactor(groups, lr=0.0, beta2_decay=-0.8, eps=(1e-30, 1e-3), d=1.0)
+    return torch.optim.Adafactor(groups, lr=0.0, beta2_decay=-0.8, eps=(None, 1e-3), d=1.0)

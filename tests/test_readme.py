@@ -1,0 +1,27 @@
+"""The README's commands do what it says."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_commands_marked_as_tested_run(tmp_path):
+    (block,) = re.findall(r"<!-- tested:.*?-->\n```sh\n(.*?)```", README, flags=re.DOTALL)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for line in block.splitlines():
+        result = subprocess.run(shlex.split(line), cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, f"{line}\n{result.stderr[-2000:]}"
+
+
+def test_every_file_and_folder_it_names_is_there():
+    named = re.findall(r"`((?:babl|scripts|kernels|configs|tests|docs)(?:/[\w./-]+)?)`|\]\((docs/[^)]+)\)", README)
+    missing = [name for pair in named for name in pair if name and not (ROOT / name).exists()]
+    assert not missing

@@ -200,14 +200,15 @@ def train(cfg: TrainConfig) -> Path:
 
 def begin_folder(cfg: TrainConfig, folder: Path, train_set: list[Example]) -> None:
     """The run's folder holds run.toml and, where the configuration names none, a tokenizer of its own."""
-    if (folder / "run.toml").exists() and not cfg.run.resume:
+    if (folder / "metrics.jsonl").exists() and not cfg.run.resume:
         raise UserError(f"{folder}: a run is there already; go on with run.resume=true, or choose another run.name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(cfg, folder / "run.toml")
     except OSError as error:
         raise UserError(f"run.dir: {folder} cannot be written ({error.strerror})") from None
-    if not (cfg.model.path or cfg.model.tokenizer or (folder / "tokenizer").exists()):
+    kept = cfg.run.resume and (folder / "tokenizer").exists()
+    if not (cfg.model.path or cfg.model.tokenizer or kept):
         texts = (qa_prompt(e.question, e.context) for e in train_set)
         train_tokenizer(texts, cfg.model.tokenizer_size, folder / "tokenizer")
 

@@ -117,7 +117,7 @@ def train(cfg: TrainConfig) -> Path:
         features, losses = make_features(train_set, *window)
         validation, _ = make_features(validation_set, *window)
         say(f"{len(train_set):,} questions, {len(features):,} examples; {losses}")
-        lengths = [len(feature) for feature in features]
+        lengths = [feature.lengths for feature in features]
         loader = Loader(lengths, cfg.batch.tokens, cfg.run.seed, me.rank, me.size, cfg.batch.accumulation)
         backend = DDP(me, torch.bfloat16 if cfg.train.precision == "bf16" else None)
         backend.setup(model, partial(make_optimizer, cfg=cfg.optim))
@@ -216,7 +216,7 @@ def begin_folder(cfg: TrainConfig, folder: Path, train_set: list[Example]) -> No
 @torch.no_grad()
 def validate(model: nn.Module, features: list[Feature], make_batch: Callable, tokens: int, me: World) -> float:
     """Returns the mean loss of a target token; every rank computes as many batches, so that nobody waits for ever."""
-    batches = plan_epoch([len(f) for f in features], tokens, seed=0, epoch=0)
+    batches = plan_epoch([f.lengths for f in features], tokens, seed=0, epoch=0)
     batches += [[]] * (-len(batches) % me.size)
     total = targets = 0.0
     model.eval()

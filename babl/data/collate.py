@@ -44,8 +44,10 @@ class Feature:
     source: list[int]
     target: list[int]
 
-    def __len__(self) -> int:
-        return len(self.source) + len(self.target)
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of source and target."""
+        return len(self.source), len(self.target)
 
 
 @dataclass
@@ -221,5 +223,5 @@ def collate(features: Sequence[Feature], pad_id: int, start_id: int, keys: Seque
         "logits_at": labels != IGNORE,
         "dropout_key": torch.tensor(list(keys) or [0], dtype=torch.int64),
     }
-    real = sum(map(len, features))
+    real = sum(sum(feature.lengths) for feature in features)
     return Batch(inputs, labels, [feature.id for feature in features], real, len(sources) * (width + length))

@@ -6,6 +6,7 @@ computes an example, never which examples a step has.
 
 import random
 from collections.abc import Sequence
+from functools import partial
 
 from babl.errors import UserError
 
@@ -13,11 +14,14 @@ POOL = 100  # batches' worth of examples sorted by length together: more pads le
 _STEP, _EXAMPLE, _WORD = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 2**64
 
 
-def plan_epoch(lengths: Sequence[int], budget: int, seed: int, epoch: int) -> list[list[int]]:
-    """Returns the epoch's batches, each a list of example indices of about equal length.
+Lengths = Sequence[tuple[int, int]]  # of each example: tokens of its source and of its target
+
+
+def plan_epoch(lengths: Lengths, budget: int, seed: int, epoch: int) -> list[list[int]]:
+    """Returns the epoch's batches, each a list of example indices of about equal lengths.
 
     Args:
-        lengths: Tokens of each example.
+        lengths: Of the examples.
         budget: Most tokens of a batch, padding included.
         seed: With `epoch`, decides the order.
         epoch: Counts from 0.
@@ -25,29 +29,45 @@ def plan_epoch(lengths: Sequence[int], budget: int, seed: int, epoch: int) -> li
     rng = random.Random(f"{seed}/{epoch}")
     order = list(range(len(lengths)))
     rng.shuffle(order)
-    average = max(1, sum(lengths) // len(lengths))
+    average = max(1, sum(map(sum, lengths)) // len(lengths))
     pool = max(1, POOL * budget // average)
     batches: list[list[int]] = []
     for at in range(0, len(order), pool):
-        batch: list[int] = []
-        for index in sorted(order[at : at + pool], key=lambda i: lengths[i]):
-            if batch and (len(batch) + 1) * lengths[index] > budget:
-                batches.append(batch)
-                batch = []
-            batch.append(index)
-        batches.append(batch)
+        # Where sources are long, their length decides the padding; beside short ones the target's counts as much.
+        by_sum = sorted(order[at : at + pool], key=lambda i: sum(lengths[i]))
+        by_target = sorted(order[at : at + pool], key=lambda i: (lengths[i][1], lengths[i][0]))
+        batches += min((_cut(by_sum, lengths, budget), _cut(by_target, lengths, budget)), key=partial(padded, lengths))
     rng.shuffle(batches)
     return batches
+
+
+def _cut(order: list[int], lengths: Lengths, budget: int) -> list[list[int]]:
+    """Returns the order in runs of at most `budget` tokens each, padding included."""
+    batches: list[list[int]] = [[]]
+    source = target = 0
+    for index in order:
+        source, target = max(source, lengths[index][0]), max(target, lengths[index][1])
+        if batches[-1] and (len(batches[-1]) + 1) * (source + target) > budget:
+            batches.append([])
+            source, target = lengths[index]
+        batches[-1].append(index)
+    return batches
+
+
+def padded(lengths: Lengths, batches: list[list[int]]) -> int:
+    """Returns the tokens of the batches, padding included."""
+    return sum(len(b) * (max(lengths[i][0] for i in b) + max(lengths[i][1] for i in b)) for b in batches)
 
 
 class Loader:
     """Deals the batches of epoch after epoch to this rank's micro-batches; its state is two integers."""
 
-    def __init__(self, lengths: Sequence[int], budget: int, seed: int, rank: int, world: int, accumulation: int):
+    def __init__(self, lengths: Lengths, budget: int, seed: int, rank: int, world: int, accumulation: int):
         if not lengths:
             raise UserError("data.train has no example to train on")
-        if max(lengths) > budget:
-            raise UserError(f"batch.tokens is {budget}, but the longest example has {max(lengths)} tokens")
+        longest = max(map(sum, lengths))
+        if longest > budget:
+            raise UserError(f"batch.tokens is {budget}, but the longest example has {longest} tokens")
         self.lengths, self.budget, self.seed = lengths, budget, seed
         self.first, self.slots, self.accumulation = rank * accumulation, world * accumulation, accumulation
         self.epoch = self.batch = 0

@@ -77,7 +77,7 @@ def run(out: Path, minutes: float, seed: int) -> int:
     dev = load_squad(dev_file)
     for arm, seconds in trained.items():
         folder = out / f"model-{arm}"
-        (out / arm / "checkpoints" / "latest").resolve().rename(folder)
+        shutil.copytree(out / arm / "checkpoints" / "latest", folder)
         result = evaluate(Engine(from_pretrained(folder), load_tokenizer(folder)), dev, arm, MAX_SOURCE, STRIDE, 16)
         result.save(out / f"answers-{arm}")
         lines = [json.loads(line) for line in (out / arm / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -121,7 +121,9 @@ def run(out: Path, minutes: float, seed: int) -> int:
 
 def _trial(out: Path, seed: int) -> float:
     """Returns the seconds that a step of the gold arm takes on this machine."""
-    _start(_config(out, "trial", "gold", TRIAL_STEPS, seed), sys.stderr).wait()
+    code = _start(_config(out, "trial", "gold", TRIAL_STEPS, seed), sys.stderr).wait()
+    if code:
+        raise RuntimeError(f"the trial run ended with exit code {code}")
     lines = (out / "trial" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [line for line in map(json.loads, lines) if "loss" in line]
     seconds = [BATCH_TOKENS * (1 - line["padding_fraction"]) / line["tokens_per_second"] for line in steps]

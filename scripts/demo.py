@@ -121,7 +121,7 @@ def run(out: Path, minutes: float, seed: int) -> int:
 
 def _trial(out: Path, seed: int) -> float:
     """Returns the seconds that a step of the gold arm takes on this machine."""
-    code = _start(_config(out, "trial", "gold", TRIAL_STEPS, seed), sys.stderr).wait()
+    code = _start(_config(out, "trial", "gold", TRIAL_STEPS, seed)).wait()
     if code:
         raise RuntimeError(f"the trial run ended with exit code {code}")
     lines = (out / "trial" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -138,7 +138,7 @@ def _train_side_by_side(out: Path, steps: int, seed: int) -> dict[Arm, float]:
     with (out / "none.log").open("w", encoding="utf-8") as log:
         running: dict[Arm, subprocess.Popen] = {
             "none": _start(_config(out, "none", "none", steps, seed), log),
-            "gold": _start(_config(out, "gold", "gold", steps, seed), sys.stderr),
+            "gold": _start(_config(out, "gold", "gold", steps, seed)),
         }
         try:
             while len(seconds) < len(running):
@@ -155,8 +155,8 @@ def _train_side_by_side(out: Path, steps: int, seed: int) -> dict[Arm, float]:
     return {arm: seconds[arm] for arm in running}
 
 
-def _start(config: TrainConfig, log: TextIO) -> subprocess.Popen:
-    """Returns the running training, in a process and on a core of its own."""
+def _start(config: TrainConfig, log: TextIO | None = None) -> subprocess.Popen:
+    """Returns the running training, in a process and on a core of its own; it shows its progress where log is None."""
     file = Path(config.run.dir) / f"{config.run.name}.toml"
     save_config(config, file)
     command = [sys.executable, "-m", "babl.scripts.train", str(file)]

@@ -35,8 +35,6 @@ def attention(
     bias: Tensor | None,
     scale: float,
     drop_probs=None,
-    *,
-    causal: bool = False,
 ) -> Tensor:
     """Returns softmax(scale · q kᵀ + bias) v.
 
@@ -48,7 +46,6 @@ def attention(
             that a row with every key masked stays finite. None where nothing is added.
         scale: 1.0 for T5, D**-0.5 elsewhere.
         drop_probs: A function on the probabilities (B, H, T, S), for dropout; None where there is none.
-        causal: Key s is hidden from query t where s > t. Needs bias None and S == T.
 
     Returns:
         (B, H, T, D).
@@ -56,11 +53,8 @@ def attention(
     # A bias that learns sends torch's fused kernels on a CPU to a path slower than the two products written out.
     explicit = drop_probs is not None or (bias is not None and bias.requires_grad)
     if not explicit:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     scores = (q * scale if scale != 1.0 else q) @ k.mT  # (B, H, T, S)
-    if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
     if bias is not None:
         scores = scores + bias
     probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)

@@ -148,7 +148,10 @@ def query(args: argparse.Namespace) -> None:
     import math
 
     from babl.data.collate import make_prompts
+    from babl.data.contexts import Arm
     from babl.data.squad import Example
+    from babl.generation import GenerationConfig
+    from babl.generation.sampling import LOOKUP_TOKENS
     from babl.text.prompts import clean_answer
 
     context = args.context
@@ -159,8 +162,10 @@ def query(args: argparse.Namespace) -> None:
             raise UserError(f"--context-file: {args.context_file} cannot be read ({error})") from None
     engine = _engine(args.model)
     example = Example("query", "", args.question, context or "", ())
-    prompts = make_prompts([example], "none" if context is None else "gold", engine.tokenizer, 512, 128)
-    best = max(engine.answer([p.text for p in prompts], args.max_new_tokens), key=lambda answer: answer.log_prob)
+    arm: Arm = "none" if context is None else "gold"
+    prompts = make_prompts([example], arm, engine.tokenizer, 512, 128, engine.style)
+    config = GenerationConfig(args.max_new_tokens, prompt_lookup_num_tokens=LOOKUP_TOKENS)
+    best = max(engine.answer([p.text for p in prompts], config), key=lambda answer: answer.log_prob)
     if args.json:
         found = {"answer": clean_answer(best.text), "probability": math.exp(best.log_prob), "complete": best.complete}
         print(json.dumps(found | {"windows": len(prompts)}, ensure_ascii=False))

@@ -3,6 +3,8 @@
 Shapes: B batch, H heads, S/T positions, D head width, N last axis of any tensor, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,18 +36,20 @@ def attention(
     v: Tensor,
     bias: Tensor | None,
     scale: float,
-    drop_probs=None,
+    drop_probs: Callable[[Tensor], Tensor] | None = None,
+    causal: bool = False,
 ) -> Tensor:
     """Returns softmax(scale · q kᵀ + bias) v.
 
     Args:
         q: (B, H, T, D).
-        k: (B, H, S, D).
-        v: (B, H, S, D).
+        k: (B, K, S, D); each of the K heads serves H / K neighbouring heads of q.
+        v: Like k.
         bias: Additive, broadcastable to (B, H, T, S); masked positions hold the dtype's most negative number, so
             that a row with every key masked stays finite. None where nothing is added.
         scale: 1.0 for T5, D**-0.5 elsewhere.
         drop_probs: A function on the probabilities (B, H, T, S), for dropout; None where there is none.
+        causal: Whether the T = S queries see no key behind them; there is no bias then.
 
     Returns:
         (B, H, T, D).
@@ -53,7 +57,12 @@ def attention(
     # A bias that learns sends torch's fused kernels on a CPU to a path slower than the two products written out.
     explicit = drop_probs is not None or (bias is not None and bias.requires_grad)
     if not explicit:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scale, enable_gqa=grouped)
+    if q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    if causal:
+        bias = mask_bias(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(), q.dtype)
     scores = (q * scale if scale != 1.0 else q) @ k.mT  # (B, H, T, S)
     if bias is not None:
         scores = scores + bias

@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from babl.config import at_least, load_config, save_config
-from babl.data.collate import Batch, Feature, collate, make_features
+from babl.data.collate import Batch, Feature, collate, collate_causal, make_features
 from babl.data.contexts import Arm, context_for
 from babl.data.loader import Loader, dropout_keys, plan_epoch
 from babl.data.sets import DataConfig, load_sets
@@ -34,7 +34,7 @@ from babl.generation import Engine
 from babl.models.build import ModelConfig, build_model
 from babl.models.weights import read_weights, save_pretrained
 from babl.text import train_tokenizer
-from babl.text.prompts import qa_prompt
+from babl.text.prompts import Style, qa_prompt
 from babl.training.checkpoint import newest_whole, read_state, save_checkpoint
 from babl.training.loss import name_nonfinite, token_loss
 from babl.training.metrics import MetricsLog
@@ -97,9 +97,7 @@ class TrainConfig:
         at_least(1, train__steps=self.train.steps, batch__accumulation=self.batch.accumulation)
         at_least(0, optim__lr=self.optim.lr, optim__max_grad_norm=self.optim.max_grad_norm, run__seed=self.run.seed)
         if self.train.precision == "fp16":
-            raise UserError(
-                'train.precision is "fp16", which overflows in T5\'s feed-forward layers; use "bf16", which does not'
-            )
+            raise UserError('train.precision is "fp16", which overflows in T5\'s feed-forward layers; use "bf16"')
 
 
 def train(cfg: TrainConfig) -> Path:
@@ -113,7 +111,8 @@ def train(cfg: TrainConfig) -> Path:
             begin_folder(cfg, folder, train_set)
         me.barrier()
         model, tokenizer = build_model(cfg.model, folder / "tokenizer", cfg.run.seed)
-        window = cfg.data.context, tokenizer, cfg.data.max_source_tokens, cfg.data.stride
+        style: Style = "t5" if model.is_encoder_decoder else "decoder"
+        window = cfg.data.context, tokenizer, cfg.data.max_source_tokens, cfg.data.stride, style
         features, losses = make_features(train_set, *window)
         validation, _ = make_features(validation_set, *window)
         say(f"{len(train_set):,} questions, {len(features):,} examples; {losses}")
@@ -134,11 +133,11 @@ def train(cfg: TrainConfig) -> Path:
         log = MetricsLog(folder, step, cfg.train.tensorboard) if me.is_main else None
 
         def micro_batch(of: list[Feature], indices: list[int]) -> Batch:
-            keys = dropout_keys(cfg.run.seed, step, indices)
-            config = model.config
-            return collate([of[i] for i in indices], config.pad_token_id, config.decoder_start_token_id, keys).to(
-                me.device
-            )
+            rows, keys = [of[i] for i in indices], dropout_keys(cfg.run.seed, step, indices)
+            pad = tokenizer.pad_id or 0
+            if model.is_encoder_decoder:
+                return collate(rows, pad, model.config.decoder_start_token_id, keys).to(me.device)
+            return collate_causal(rows, pad, keys).to(me.device)
 
         def save() -> None:
             def write(target: Path) -> None:
@@ -231,7 +230,7 @@ def validate(model: nn.Module, features: list[Feature], make_batch: Callable, to
 
 def show_answers(engine: Engine, examples: list[Example], arm: Arm, say: Callable) -> None:
     """A few answers stand beside what they should be."""
-    answers = engine.generate([qa_prompt(e.question, context_for(e, arm)) for e in examples])
+    answers = engine.generate([qa_prompt(e.question, context_for(e, arm), engine.style) for e in examples])
     for example, answer in zip(examples, answers, strict=True):
         say(f"  {example.question}  ->  {answer!r}, should be {[a.text for a in example.answers]}")
 

@@ -16,7 +16,7 @@ from babl.data.contexts import Arm, context_for
 from babl.data.squad import Example
 from babl.errors import UserError
 from babl.text import Tokenizer
-from babl.text.prompts import Style, qa_prompt, qa_target
+from babl.text.prompts import Style, continuation_ids, prompt_ids, qa_prompt, qa_target
 
 IGNORE = -100  # a label that is no target
 
@@ -38,7 +38,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """One training example in ids, EOS at the end of both."""
+    """One training example in ids: the prompt as the model reads it, and the answer with EOS at its end."""
 
     id: str
     source: list[int]
@@ -46,8 +46,19 @@ class Feature:
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Tokens of source and target."""
+        """Tokens computed of source and target."""
         return len(self.source), len(self.target)
+
+
+class CausalFeature(Feature):
+    """One for a decoder, which reads both as one sequence; its last token is only a target."""
+
+    __slots__ = ()
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens computed; there is no second sequence."""
+        return len(self.source) + len(self.target) - 1, 0
 
 
 @dataclass
@@ -74,7 +85,7 @@ def make_prompts(
         examples: The questions.
         arm: Which context they see.
         tokenizer: Counts the tokens.
-        max_tokens: Longest prompt in tokens, EOS included.
+        max_tokens: Longest prompt in tokens, BOS and EOS included.
         stride: Tokens that neighbouring windows share.
         style: Wording of the prompt.
 
@@ -84,14 +95,15 @@ def make_prompts(
     contexts = [context_for(example, arm) for example in examples]
     texts = [qa_prompt(e.question, c, style) for e, c in zip(examples, contexts, strict=True)]
     prompts = []
-    for i, (text, ids) in enumerate(zip(texts, tokenizer.encode_batch(texts), strict=True)):
+    for i, (text, ids) in enumerate(zip(texts, prompt_ids(texts, tokenizer, style), strict=True)):
         context = contexts[i]
         if context is None:
             prompts.append(Prompt(i, text, (0, 0)))
-        elif len(ids) < max_tokens:
+        elif len(ids) <= max_tokens:
             prompts.append(Prompt(i, text, (0, len(context))))
         else:
-            room = max_tokens - 1 - len(tokenizer.encode(qa_prompt(examples[i].question, "", style)))
+            (bare,) = prompt_ids([qa_prompt(examples[i].question, "", style)], tokenizer, style)
+            room = max_tokens - len(bare)
             if room < 2 * stride or room < 1:
                 raise UserError(
                     f"max_source_tokens is {max_tokens}, but question {examples[i].id} leaves {room} tokens for its "
@@ -156,10 +168,11 @@ def make_features(
             answered.add(prompt.example)
         kept.append((prompt, None if answer is None else answer.text))
     losses.lost_answers = len(examples) - len(answered)
-    sources = tokenizer.encode_batch([prompt.text for prompt, _ in kept])
-    targets = tokenizer.encode_batch([qa_target(answer, style) for _, answer in kept])
+    sources = prompt_ids([prompt.text for prompt, _ in kept], tokenizer, style)
+    targets = continuation_ids([qa_target(answer, style) for _, answer in kept], tokenizer, style)
+    feature = Feature if style == "t5" else CausalFeature
     features = [
-        Feature(examples[prompt.example].id, [*source, tokenizer.eos_id], [*target, tokenizer.eos_id])
+        feature(examples[prompt.example].id, source, target)
         for (prompt, _), source, target in zip(kept, sources, targets, strict=True)
     ]
     return features, losses
@@ -170,8 +183,9 @@ class Batch:
     """One micro-batch; what the model takes is in `inputs`, by the names of its arguments.
 
     Attributes:
-        inputs: input_ids and attention_mask (B, S), decoder_input_ids and logits_at (B, T), dropout_key (B,).
-        labels: (B, T) int64, `IGNORE` where there is no target.
+        inputs: input_ids (B, S), logits_at (B, T), dropout_key (B,), and for T5 attention_mask (B, S) and
+            decoder_input_ids (B, T).
+        labels: (B, T) int64, `IGNORE` where there is no target; of a decoder, T = S.
         ids: The examples.
         tokens: Real tokens, source and target.
         padded: Tokens computed, padding included.
@@ -205,23 +219,39 @@ def collate(features: Sequence[Feature], pad_id: int, start_id: int, keys: Seque
     """
     sources = [feature.source for feature in features] or [[pad_id]]
     targets = [feature.target for feature in features] or [[]]
-    width, length = max(map(len, sources)), max(1, *map(len, targets))
-    input_ids = torch.full((len(sources), width), pad_id)
-    attention_mask = torch.zeros(len(sources), width, dtype=torch.int64)
-    labels = torch.full((len(sources), length), IGNORE)
-    decoder_input_ids = torch.full((len(sources), length), pad_id)
-    decoder_input_ids[:, 0] = start_id
-    for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
-        input_ids[row, : len(source)] = torch.tensor(source)
-        attention_mask[row, : len(source)] = 1
-        labels[row, : len(target)] = torch.tensor(target, dtype=torch.int64)
-        decoder_input_ids[row, 1 : len(target)] = torch.tensor(target[:-1], dtype=torch.int64)
+    input_ids = _padded(sources, pad_id)
+    labels = _padded(targets, IGNORE)
+    lengths = torch.tensor([len(source) for source in sources])
     inputs = {
         "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "decoder_input_ids": decoder_input_ids,
-        "logits_at": labels != IGNORE,
-        "dropout_key": torch.tensor(list(keys) or [0], dtype=torch.int64),
+        "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+        "decoder_input_ids": _padded([[start_id, *target[:-1]] for target in targets], pad_id),
     }
+    return _batch(features, inputs, labels, keys, input_ids.numel() + labels.numel())
+
+
+def collate_causal(features: Sequence[Feature], pad_id: int, keys: Sequence[int]) -> Batch:
+    """Returns a decoder's batch: source and target are one sequence, padded on the right; only the answer is a target.
+
+    The label stands where its token is predicted, one place before it: logits[b, t] predicts labels[b, t]. Padding
+    behind a text is seen by none of its tokens, so there is no mask. Arguments as for `collate`.
+    """
+    rows = [[*f.source, *f.target[:-1]] for f in features] or [[pad_id]]
+    input_ids = _padded(rows, pad_id)
+    labels = _padded([[IGNORE] * (len(f.source) - 1) + f.target for f in features] or [[]], IGNORE)
+    return _batch(features, {"input_ids": input_ids}, labels, keys, input_ids.numel())
+
+
+def _padded(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
+    """Returns the rows as (B, longest, at least 1) int64."""
+    width = max(1, *map(len, rows))
+    return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows])
+
+
+def _batch(
+    features: Sequence[Feature], inputs: dict[str, Tensor], labels: Tensor, keys: Sequence[int], padded: int
+) -> Batch:
+    inputs["logits_at"] = labels != IGNORE
+    inputs["dropout_key"] = torch.tensor(list(keys) or [0], dtype=torch.int64)
     real = sum(sum(feature.lengths) for feature in features)
-    return Batch(inputs, labels, [feature.id for feature in features], real, len(sources) * (width + length))
+    return Batch(inputs, labels, [feature.id for feature in features], real, padded)

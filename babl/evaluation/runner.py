@@ -12,7 +12,8 @@ from babl.data.contexts import Arm
 from babl.data.squad import Example, to_squad
 from babl.evaluation.squad import normalize_answer, question_scores, score
 from babl.evaluation.statistics import cluster_bootstrap
-from babl.generation import Engine
+from babl.generation import Engine, GenerationConfig
+from babl.generation.sampling import LOOKUP_TOKENS
 from babl.text import Tokenizer
 from babl.text.prompts import clean_answer
 
@@ -59,8 +60,9 @@ def evaluate(
         max_new_tokens: Most tokens of an answer.
         progress: Whether stderr shows a bar.
     """
-    prompts = make_prompts(examples, arm, engine.tokenizer, max_source_tokens, stride)
-    answers = engine.answer([prompt.text for prompt in prompts], max_new_tokens, progress=progress)
+    prompts = make_prompts(examples, arm, engine.tokenizer, max_source_tokens, stride, engine.style)
+    config = GenerationConfig(max_new_tokens, prompt_lookup_num_tokens=LOOKUP_TOKENS)
+    answers = engine.answer([prompt.text for prompt in prompts], config, progress=progress)
     best: dict[int, Any] = {}
     for prompt, answer in zip(prompts, answers, strict=True):
         if prompt.example not in best or answer.log_prob > best[prompt.example].log_prob:

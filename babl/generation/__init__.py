@@ -1,5 +1,6 @@
 """From prompts to answers."""
 
-from babl.generation.engine import Engine
+from babl.generation.engine import Answer, Engine
+from babl.generation.sampling import GenerationConfig
 
-__all__ = ["Engine"]
+__all__ = ["Answer", "Engine", "GenerationConfig"]

@@ -1,14 +1,31 @@
-"""Greedy decoding with a cache, batched by length; the one way Babl makes a model write."""
+"""The one way Babl makes a model write: evaluation, training's samples, the terminal and the browser all come here.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+Prompts of any lengths are read together, rows that are done leave the batch, and every row is answered as if it were
+alone. Decoders read a beginning that several prompts share, such as a paragraph asked about twice, once.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from babl.errors import UserError
+from babl.generation.beam import beam_search
+from babl.generation.graph import GraphedStep
+from babl.generation.reuse import draft, shared_prefixes
+from babl.generation.sampling import GenerationConfig, choose
+from babl.models.cache import Cache
 from babl.models.layers import Model
-from babl.text import Tokenizer
+from babl.text import Detokenizer, Tokenizer
+from babl.text.prompts import Style, continuation_ids, prompt_ids
+
+Prompt = str | Sequence[int]  # a text, or the ids the model is to read as they are
+Finish = Literal["eos", "stop", "length", "context", "cancelled"]
+BATCH_TOKENS = 16_384  # prompt tokens computed together, padding included
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,91 +33,363 @@ class Answer:
     """What a model wrote.
 
     Attributes:
-        text: Without special tokens.
-        log_prob: Natural logarithm of the probability of the ids, EOS included.
-        complete: False where `max_new_tokens` cut it off.
+        text: Without special tokens, and without the stop string it ended at.
+        ids: Tokens written, the stop token included.
+        log_prob: Natural logarithm of the probability of the ids.
+        finish: Why it ended: the model's own end, a stop string, `max_new_tokens`, the model's context, or a call.
+        prompt_tokens: Tokens read.
+        steps: Times the decoder ran; fewer than ids where a draft was right.
     """
 
     text: str
+    ids: tuple[int, ...]
     log_prob: float
-    complete: bool
+    finish: Finish
+    prompt_tokens: int
+    steps: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether it ended where it should."""
+        return self.finish in ("eos", "stop")
+
+
+@dataclass
+class _Row:
+    """One prompt on its way to an answer."""
+
+    prompt: list[int]
+    config: GenerationConfig
+    limit: int  # tokens it may write
+    at_limit: Finish  # what stopping there is called
+    seen: list[int]  # what the repetition penalty falls on, besides what is written
+    text: Detokenizer
+    rng: random.Random
+    origin: int = 0  # positions in the cache before the answer
+    ids: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    log_prob: float = 0.0
+    steps: int = 0
+    finish: Finish | None = None
+
+    def write(self, token: int, log_prob: float, stop_ids: frozenset[int]) -> None:
+        """The token is part of the answer, and perhaps its last."""
+        self.ids.append(token)
+        self.log_prob += log_prob
+        if token in stop_ids:
+            self.finish = "eos"
+            return
+        piece = self.text.add(token)
+        if piece:
+            self.pieces.append(piece)
+            if self._stopped():
+                self.finish = "stop"
+        if len(self.ids) == self.limit and not self.finish:
+            self.finish = self.at_limit
+
+    def _stopped(self) -> bool:
+        """Whether a stop string stands in the text; what follows its beginning is then gone."""
+        if not self.config.stop_strings:
+            return False
+        text = "".join(self.pieces)
+        found = [at for at in map(text.find, self.config.stop_strings) if at >= 0]
+        if found:
+            self.pieces = [text[: min(found)]]
+        return bool(found)
+
+    def answer(self) -> Answer:
+        """Returns what was written."""
+        if self.finish != "stop":
+            self.pieces.append(self.text.rest())
+            self._stopped()
+        text = "".join(self.pieces)
+        return Answer(text, tuple(self.ids), self.log_prob, self.finish or "length", len(self.prompt), self.steps)
+
+
+class Stream:
+    """Iterates over the pieces of an answer as it is written; then `answer` has the whole."""
+
+    answer: Answer
+
+    def __init__(self, row: _Row, steps: Iterator[None]):
+        self._row, self._steps = row, steps
+
+    def __iter__(self) -> Iterator[str]:
+        shown = 0
+        for _ in self._steps:
+            text = "".join(self._row.pieces)
+            safe = len(text) - (0 if self._row.finish == "stop" else _unsafe(text, self._row.config.stop_strings))
+            if safe > shown:
+                yield text[shown:safe]
+                shown = safe
+        self.answer = self._row.answer()
+        if len(self.answer.text) > shown:
+            yield self.answer.text[shown:]
+
+
+def _unsafe(text: str, stop_strings: Sequence[str]) -> int:
+    """Returns how many characters at the end of the text may be the beginning of a stop string."""
+    longest = max((len(stop) - 1 for stop in stop_strings), default=0)
+    tails = range(min(longest, len(text)), 0, -1)
+    return next((n for n in tails if any(stop.startswith(text[-n:]) for stop in stop_strings)), 0)
 
 
 class Engine:
-    """A model and its tokenizer, answering."""
+    """A model and its tokenizer, answering.
+
+    Attributes:
+        style: How the model's family words a question, see `babl.text.prompts`.
+        hook: Where set, sees the logits (N, V) of every step, in no promised order, and returns those to choose from.
+    """
 
     def __init__(self, model: Model, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
         self.device = next(model.parameters()).device
+        self.style: Style = "t5" if model.is_encoder_decoder else "decoder"
+        self.hook: Callable[[Tensor], Tensor] | None = None
 
-    def generate(self, prompts: Sequence[str], max_new_tokens: int = 32, batch_tokens: int = 16_384) -> list[str]:
-        """Returns the text written for each prompt, in order; arguments as for `answer`."""
-        return [answer.text for answer in self.answer(prompts, max_new_tokens, batch_tokens)]
-
-    @torch.inference_mode()
-    def answer(
-        self, prompts: Sequence[str], max_new_tokens: int = 32, batch_tokens: int = 16_384, progress: bool = False
-    ) -> list[Answer]:
-        """Returns the most likely token after token for each prompt, in the order of the prompts.
+    def generate(self, prompts: Sequence[Prompt], **settings: object) -> list[str]:
+        """Returns the text written for each prompt, in order.
 
         Args:
-            prompts: Of any lengths; prompts of like length are computed together.
-            max_new_tokens: Most tokens to write, EOS included.
+            prompts: Of any lengths.
+            **settings: Of `GenerationConfig`, such as max_new_tokens or temperature.
+        """
+        return [answer.text for answer in self.answer(prompts, GenerationConfig(**settings))]  # type: ignore[arg-type]
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        config: GenerationConfig | Sequence[GenerationConfig] = GenerationConfig(),  # noqa: B008 (frozen)
+        batch_tokens: int = BATCH_TOKENS,
+        progress: bool = False,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[Answer]:
+        """Returns what is written for each prompt, in the order of the prompts.
+
+        Args:
+            prompts: Of any lengths; those with a common beginning, then those of like length, are computed together.
+            config: Settings of all, or of each.
             batch_tokens: Most prompt tokens computed together, padding included.
             progress: Whether stderr shows a bar.
+            cancelled: Asked after every step; once it says yes, what is written so far is the answer.
+
+        Raises:
+            UserError: A prompt fills the model's context.
         """
-        sources = [[*ids, self.tokenizer.eos_id] for ids in self.tokenizer.encode_batch(list(prompts))]
-        order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
-        answers: list[Answer | None] = [None] * len(sources)
+        configs = [config] * len(prompts) if isinstance(config, GenerationConfig) else config
+        rows = [self._row(ids, c) for ids, c in zip(self._encode(prompts), configs, strict=True)]
+        with tqdm(total=len(rows), desc="answers", unit="q", disable=not progress) as bar:
+            for batch in self._batches([row.prompt for row in rows], batch_tokens):
+                for _ in self._run([rows[i] for i in batch], cancelled):
+                    pass
+                bar.update(len(batch))
+        return [row.answer() for row in rows]
+
+    def stream(self, prompt: Prompt, cancelled: Callable[[], bool] | None = None, **settings: object) -> Stream:
+        """Returns an iterator over the pieces of one answer; together they are what `generate` returns.
+
+        Args:
+            prompt: What to continue or answer.
+            cancelled: As for `answer`.
+            **settings: Of `GenerationConfig`; beam search has only one piece.
+
+        Raises:
+            UserError: The prompt fills the model's context.
+        """
+        (ids,) = self._encode([prompt])
+        row = self._row(ids, GenerationConfig(**settings))  # type: ignore[arg-type]
+        return Stream(row, self._run([row], cancelled))
+
+    @torch.inference_mode()
+    def score(
+        self, prompts: Sequence[Prompt], continuations: Sequence[str], batch_tokens: int = BATCH_TOKENS
+    ) -> list[list[float]]:
+        """Returns the natural logarithm of the probability of each token of each continuation, the last one EOS.
+
+        Args:
+            prompts: What stands before, one for each continuation.
+            continuations: What may follow, such as `babl.text.prompts.qa_target` words it.
+            batch_tokens: Most prompt tokens computed together, padding included.
+        """
+        sources, targets = self._encode(prompts), continuation_ids(continuations, self.tokenizer, self.style)
+        found: list[list[float]] = [[] for _ in sources]
         training = self.model.training
         self.model.eval()
-        with tqdm(total=len(sources), desc="answers", unit="q", disable=not progress) as bar:
-            while order:
-                size = max(1, batch_tokens // len(sources[order[-1]]))  # the longest left decides
-                rows = order[-size:]
-                for row, answer in zip(rows, self._decode([sources[i] for i in rows], max_new_tokens), strict=True):
-                    answers[row] = answer
-                del order[-size:]
-                bar.update(len(rows))
+        for batch in self._batches(sources, batch_tokens):
+            width = max(len(targets[i]) for i in batch)
+            cache, state = self._read([sources[i] for i in batch], width)
+            ids = self._padded([targets[i] for i in batch])  # (B, T)
+            states = torch.cat((state[:, None], self.model.decode(ids[:, :-1], cache)), 1)  # (B, T, C)
+            log_probs = self._logits(states).log_softmax(-1).gather(-1, ids[..., None])[..., 0]  # (B, T)
+            for i, row in zip(batch, log_probs.tolist(), strict=True):
+                found[i] = row[: len(targets[i])]
         self.model.train(training)
-        return [answer for answer in answers if answer is not None]
+        return found
 
-    def _decode(self, sources: list[list[int]], max_new_tokens: int) -> list[Answer]:
-        """Returns the answers of one batch; rows that are done leave it."""
-        width, pad = max(map(len, sources)), self.tokenizer.pad_id or 0
-        input_ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids in sources], device=self.device)  # (B, S)
-        lengths = torch.tensor([len(ids) for ids in sources], device=self.device)
-        mask = (torch.arange(width, device=self.device) < lengths[:, None]).long()  # (B, S)
-        cache, logits = self.model.prefill(input_ids, mask, max_new_tokens)
-        ids: list[list[int]] = [[] for _ in sources]
-        log_probs = [0.0] * len(sources)
-        rows = list(range(len(sources)))  # which prompt each row of the batch belongs to
-        for step in range(max_new_tokens):
-            tokens, scores = self._pick(logits)  # (B,), (B,)
-            done = []
-            for row, token, log_prob in zip(rows, tokens.tolist(), scores.tolist(), strict=True):
-                ids[row].append(token)
-                log_probs[row] += log_prob
-                done.append(token == self.tokenizer.eos_id)
-            if all(done) or step + 1 == max_new_tokens:
-                break
-            if any(done):
-                kept = [i for i, end in enumerate(done) if not end]
+    def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        encoded = iter(prompt_ids([p for p in prompts if isinstance(p, str)], self.tokenizer, self.style))
+        return [next(encoded) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+
+    def _row(self, prompt: list[int], config: GenerationConfig) -> _Row:
+        limit, at_limit = config.max_new_tokens, "length"
+        context = self.model.context_length
+        if context is not None:
+            if len(prompt) >= context:
+                raise UserError(
+                    f"the prompt has {len(prompt)} tokens, expected fewer than the model's context, {context}"
+                )
+            if limit > context - len(prompt):
+                limit, at_limit = context - len(prompt), "context"
+        joined = not self.model.is_encoder_decoder
+        seen = prompt if joined else [self.model.config.decoder_start_token_id]
+        text = Detokenizer(self.tokenizer, prompt if joined else ())
+        return _Row(prompt, config, limit, at_limit, seen, text, random.Random(config.seed))  # type: ignore[arg-type]
+
+    def _batches(self, prompts: list[list[int]], batch_tokens: int) -> Iterator[list[int]]:
+        """Yields the indices of the prompts that are computed together, the longest first, groups side by side."""
+        if self.model.is_encoder_decoder:
+            order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        else:
+            groups = sorted(shared_prefixes(prompts), key=lambda g: -max(len(prompts[i]) for i in g[1]))
+            order = [i for _, members in groups for i in members]
+        batch: list[int] = []
+        for i in order:
+            if batch and (len(batch) + 1) * max(len(prompts[j]) for j in (batch[0], i)) > batch_tokens:
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    @torch.inference_mode()
+    def _run(self, rows: list[_Row], cancelled: Callable[[], bool] | None) -> Iterator[None]:
+        """The rows are answered; yields after every step of the decoder."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            plain = [row for row in rows if row.config.num_beams == 1]
+            if plain:
+                yield from self._decode(plain, cancelled)
+            for row in rows:
+                if row.config.num_beams > 1:
+                    self._beams(row, cancelled)
+                    yield
+        finally:
+            self.model.train(training)
+
+    def _decode(self, rows: list[_Row], cancelled: Callable[[], bool] | None) -> Iterator[None]:
+        """Writes token by token, or draft by draft; rows that are done leave."""
+        drafted = max(row.config.prompt_lookup_num_tokens for row in rows)
+        cache, state = self._read([row.prompt for row in rows], max(row.limit for row in rows) + drafted)
+        for row, length in zip(rows, cache.lengths.tolist(), strict=True):
+            row.origin = length
+        step = self._step(cache, rows, drafted)
+        logits = self._logits(state)[:, None]  # (B, 1, V)
+        drafts: list[list[int]] = [[] for _ in rows]
+        while True:
+            self._accept(rows, drafts, logits)
+            if cancelled is not None and cancelled():
+                for row in rows:
+                    row.finish = row.finish or "cancelled"
+            kept = [i for i, row in enumerate(rows) if row.finish is None]
+            yield
+            if not kept:
+                return
+            if logits.shape[1] > 1:  # of what was drafted, the cache keeps what was right
+                lengths = [row.origin + len(row.ids) - 1 for row in rows]
+                cache.cut(torch.tensor(lengths, device=self.device), max(lengths))
+            if len(kept) < len(rows):
                 rows = [rows[i] for i in kept]
-                index = torch.tensor(kept, device=self.device)
-                cache.keep_rows(index)
-                tokens = tokens[index]
-            logits = self.model.decode(tokens[:, None], cache)[:, -1]
-        return [
-            Answer(self.tokenizer.decode(row), log_prob, row[-1] == self.tokenizer.eos_id)
-            for row, log_prob in zip(ids, log_probs, strict=True)
-        ]
+                cache.keep_rows(torch.tensor(kept, device=self.device))
+            drafts = [self._draft(row) for row in rows]
+            fed = [[row.ids[-1], *tokens] for row, tokens in zip(rows, drafts, strict=True)]
+            logits = step(self._padded(fed), cache)  # (B, n, V)
 
-    def _pick(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the likeliest token of each row, (B,), and its log-probability; logits are (B, V).
+    def _accept(self, rows: list[_Row], drafts: list[list[int]], logits: Tensor) -> None:
+        """Each row writes the tokens of its draft that it would have written, and the one after; logits (B, n, V)."""
+        best = logits.max(-1)  # (B, n)
+        likeliest = best.indices.tolist()
+        log_probs = (best.values - logits.logsumexp(-1)).tolist()
+        for b, (row, tokens) in enumerate(zip(rows, drafts, strict=True)):
+            row.steps += 1
+            if not row.config.greedy:
+                token = choose(logits[b, 0], row.config, [*row.seen, *row.ids], row.rng)
+                row.write(token, float(logits[b, 0].log_softmax(-1)[token]), self.tokenizer.stop_ids)
+                continue
+            for place in range(len(tokens) + 1):
+                row.write(likeliest[b][place], log_probs[b][place], self.tokenizer.stop_ids)
+                if row.finish or place == len(tokens) or tokens[place] != likeliest[b][place]:
+                    break
+
+    def _draft(self, row: _Row) -> list[int]:
+        number = min(row.config.prompt_lookup_num_tokens, row.limit - len(row.ids) - 1)
+        if number < 1 or not row.config.greedy:
+            return []
+        source = row.prompt if self.model.is_encoder_decoder else [*row.prompt, *row.ids]
+        return draft(source, row.ids, number)
+
+    def _beams(self, row: _Row, cancelled: Callable[[], bool] | None) -> None:
+        cache, state = self._read([row.prompt], row.limit)
+
+        def step(ids: Tensor, cache: Cache) -> Tensor:
+            row.steps += 1
+            return self._logits(self.model.decode(ids, cache)[:, -1])
+
+        stops = self.tokenizer.stop_ids
+        ids, log_prob = beam_search(
+            step, cache, self._logits(state), row.limit, stops, row.seen, row.config, cancelled or (lambda: False)
+        )
+        for token in ids:
+            if not row.finish:
+                row.write(token, log_prob / len(ids), stops)
+        row.finish = row.finish or "cancelled"
+
+    def _step(self, cache: Cache, rows: list[_Row], drafted: int) -> Callable[[Tensor, Cache], Tensor]:
+        """Returns what puts ids (B, n) into the cache and gives the logits (B, n, V) behind each."""
+        plain = lambda ids, cache: self._logits(self.model.decode(ids, cache))  # noqa: E731
+        if self.device.type == "cuda" and len(rows) == 1 and not drafted and self.hook is None:
+            return GraphedStep(plain, cache)  # one row waits for kernel launches more than for anything else
+        return plain
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """Returns logits (..., V) of states (..., C), fp32 or wider, for the ids the tokenizer has.
 
         A model may have more rows than its tokenizer has tokens; those are never chosen.
         """
-        log_probs = logits[:, : self.tokenizer.vocab_size].float().log_softmax(-1)
-        best = log_probs.max(-1)
-        return best.indices, best.values
+        logits = self.model.head(states)[..., : self.tokenizer.vocab_size]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if self.hook is None:
+            return logits
+        return self.hook(logits.flatten(0, -2)).view_as(logits)
+
+    def _read(self, prompts: list[list[int]], room: int) -> tuple[Cache, Tensor]:
+        """Returns the cache of the prompts, with room for more, and the state (B, C) behind each.
+
+        A decoder reads each beginning that several prompts share once, then what is each prompt's own.
+        """
+        groups = [] if self.model.is_encoder_decoder else shared_prefixes(prompts)
+        if len(groups) == len(prompts) or not groups:
+            return self._prefill(prompts, room)
+        own = {i: prompts[i][length:] for length, members in groups for i in members}
+        width = max(map(len, own.values()))
+        cache, _ = self._prefill([prompts[members[0]][:length] for length, members in groups], width + room)
+        group_of = {i: g for g, (_, members) in enumerate(groups) for i in members}
+        order = range(len(prompts))
+        cache.keep_rows(torch.tensor([group_of[i] for i in order], device=self.device))
+        states = self.model.decode(self._padded([own[i] for i in order]), cache)  # (B, width, C)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        cache.cut(lengths, max(map(len, prompts)))
+        last = torch.tensor([len(own[i]) - 1 for i in order], device=self.device)
+        return cache, states[torch.arange(len(prompts), device=self.device), last]
+
+    def _prefill(self, prompts: list[list[int]], room: int) -> tuple[Cache, Tensor]:
+        ids = self._padded(prompts)  # (B, S)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        mask = (torch.arange(ids.shape[1], device=self.device) < lengths[:, None]).long()
+        return self.model.prefill(ids, mask, room)
+
+    def _padded(self, rows: list[list[int]]) -> Tensor:
+        """Returns the rows as (B, longest) int64, filled with what is never looked at."""
+        width, filler = max(map(len, rows)), self.tokenizer.pad_id or 0
+        return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows], device=self.device)

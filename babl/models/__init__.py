@@ -1,4 +1,4 @@
-"""T5, and the folders models live in."""
+"""T5, LLaMA and BLOOM, and the folders models live in."""
 
 from babl.models.weights import from_pretrained, save_pretrained
 

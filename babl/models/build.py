@@ -25,7 +25,7 @@ class ModelConfig:
     """
 
     path: str = ""
-    family: Literal["t5"] = "t5"
+    family: Literal["t5", "llama", "bloom"] = "t5"
     shape: dict[str, Any] = field(default_factory=dict)
     tokenizer: str = ""
     tokenizer_size: int = 1000

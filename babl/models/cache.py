@@ -8,12 +8,16 @@ from torch import Tensor
 
 @dataclass
 class Cache:
-    """Keys and values of every layer, in buffers written in place.
+    """Keys and values of every layer, in buffers written in place; rows may have different lengths.
+
+    Row b holds positions 0 .. lengths[b] - 1; what stands behind them is left over and never looked at, because a
+    query sees only keys up to its own position.
 
     Attributes:
         keys: One (B, K, T, D) per layer; T is the room reserved.
         values: Like keys.
         lengths: (B,) int64, positions already decided per row; the next tokens are written behind them.
+        reach: No row is longer, so attention reads no further. A number, so that nothing waits for a GPU.
         cross: Keys and values over the source, one pair of (B, H, S, D) per layer (T5 only).
         cross_bias: (B, 1, 1, S), hides the source's padding (T5 only).
     """
@@ -21,6 +25,7 @@ class Cache:
     keys: list[Tensor]
     values: list[Tensor]
     lengths: Tensor
+    reach: int = 0
     cross: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     cross_bias: Tensor | None = None
 
@@ -42,23 +47,39 @@ class Cache:
 
         return cls(buffers(), buffers(), torch.zeros(batch, dtype=torch.int64, device=device))
 
-    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, used: int) -> tuple[Tensor, Tensor]:
-        """Returns the layer's keys and values up to `used` positions, the new ones among them.
+    @property
+    def room(self) -> int:
+        """Positions there is space for."""
+        return self.keys[0].shape[2]
+
+    def place(self, count: int) -> Tensor:
+        """Returns the positions, (B, count) int64, of the next tokens; the rows are that much longer from now on."""
+        positions = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
+        self.lengths += count
+        self.reach = min(self.reach + count, self.room)
+        return positions
+
+    def cut(self, lengths: Tensor, reach: int) -> None:
+        """The rows end at these lengths, (B,) int64, none beyond `reach`; what stood behind is forgotten."""
+        self.lengths.copy_(lengths)
+        self.reach = reach
+
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the layer's keys and values as far as they reach, the new ones among them.
 
         Args:
             layer: Whose buffers.
             k: (B, K, n, D), the new keys.
             v: Like k.
             positions: (B, n) int64, where each belongs.
-            used: Highest position + 1, at most the room.
         """
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
         self.keys[layer][rows, :, positions] = k.transpose(1, 2)  # indexing puts (B, n) first: (B, n, K, D)
         self.values[layer][rows, :, positions] = v.transpose(1, 2)
-        return self.keys[layer][:, :, :used], self.values[layer][:, :, :used]
+        return self.keys[layer][:, :, : self.reach], self.values[layer][:, :, : self.reach]
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Only these rows, (N,) int64, remain, in this order."""
+        """The rows are these, (N,) int64, in this order; one may be named several times."""
         self.keys = [k[rows] for k in self.keys]
         self.values = [v[rows] for v in self.values]
         self.lengths = self.lengths[rows]

@@ -1,7 +1,7 @@
 """What every family computes identically."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,17 @@ from babl.models.cache import Cache
 
 
 class Model(nn.Module, ABC):
-    """What loop, engine and folders ask of every family; calling it gives logits for each position."""
+    """What loop, engine and folders ask of every family; calling it gives logits for each position.
 
+    Attributes:
+        is_encoder_decoder: Whether the prompt is read by a stack of its own (T5), or begins what is written.
+        config: Sizes and variants, by transformers' names.
+        context_length: Most positions of prompt and answer together; None where there is no bound.
+    """
+
+    is_encoder_decoder: ClassVar[bool]
     config: Any
+    context_length: int | None = None
 
     @abstractmethod
     def tie_weights(self) -> None:
@@ -26,11 +34,21 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def prefill(self, input_ids: Tensor, attention_mask: Tensor, room: int) -> tuple[Cache, Tensor]:
-        """Returns a cache with room for `room` new tokens and the logits (B, V) of the first of them."""
+        """Returns a cache with room for `room` new tokens, and the state (B, C) that the first of them comes from.
+
+        Args:
+            input_ids: (B, S) int64, prompts padded on the right.
+            attention_mask: (B, S), 0 on padding.
+            room: New tokens there must be space for.
+        """
 
     @abstractmethod
     def decode(self, ids: Tensor, cache: Cache) -> Tensor:
-        """Returns logits (B, n, V) for the token after each of the new tokens, (B, n) int64, which enter the cache."""
+        """Returns states (B, n, C) after each of the new tokens, (B, n) int64, which enter the cache."""
+
+    @abstractmethod
+    def head(self, x: Tensor) -> Tensor:
+        """Returns logits (..., V) for the token after states (..., C)."""
 
 
 class Dropout(nn.Module):
@@ -56,3 +74,9 @@ def number_sites(model: nn.Module) -> None:
     """Every Dropout of the model has a number of its own, in the order the modules were built."""
     for site, module in enumerate(m for m in model.modules() if isinstance(m, Dropout)):
         module.site = site
+
+
+def visible_bias(queries: Tensor, num_keys: int, dtype: torch.dtype) -> Tensor:
+    """Returns a bias (B, 1, T, S) between query positions, (B, T) int64, and keys 0 .. S-1: later keys are hidden."""
+    keys = torch.arange(num_keys, device=queries.device)
+    return ops.mask_bias(keys <= queries[:, None, :, None], dtype)

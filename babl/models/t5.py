@@ -11,6 +11,7 @@ not be C.
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -258,6 +259,8 @@ class T5Stack(nn.Module):
 class T5(Model):
     """Encoder, decoder and head."""
 
+    is_encoder_decoder = True
+
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
@@ -352,9 +355,10 @@ class T5(Model):
         return self.head(x if logits_at is None else x[logits_at])
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor, room: int) -> tuple[Cache, Tensor]:
-        """Returns a cache with room for `room` new tokens and the logits (B, V) of the first of them.
+        """Returns a cache with room for `room` new tokens, and the state (B, C) that the first of them comes from.
 
-        The source is read once: the cross-attention's keys and values of every layer are made here.
+        The source, padded on any side, is read once: the cross-attention's keys and values of every layer are made
+        here.
         """
         memory, hide = self.encode(input_ids, attention_mask)
         config, batch = self.config, input_ids.shape[0]
@@ -373,14 +377,11 @@ class T5(Model):
         return cache, self.decode(start, cache)[:, -1]
 
     def decode(self, ids: Tensor, cache: Cache) -> Tensor:
-        """Returns logits (B, n, V) for the token after each of the new tokens, (B, n) int64, which enter the cache."""
-        positions = cache.lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)  # (B, n)
-        used = int(positions.max()) + 1
-        bias = self.decoder.position_bias(positions, used)  # (B, H, n, used)
-        write = partial(cache.write, positions=positions, used=used)
-        x = self.decoder(self.shared(ids), bias, None, None, cache.cross_bias, write, cache.cross)  # (B, n, C)
-        cache.lengths = cache.lengths + ids.shape[1]
-        return self.head(x)
+        """Returns states (B, n, C) after each of the new tokens, (B, n) int64, which enter the cache."""
+        positions = cache.place(ids.shape[1])  # (B, n)
+        bias = self.decoder.position_bias(positions, cache.reach)  # (B, H, n, reach)
+        write = partial(cache.write, positions=positions)
+        return self.decoder(self.shared(ids), bias, None, None, cache.cross_bias, write, cache.cross)
 
 
 def hf_keys(config: T5Config) -> dict[str, str]:
@@ -409,11 +410,5 @@ def hf_keys(config: T5Config) -> dict[str, str]:
     return keys
 
 
-IGNORED_KEYS = frozenset(
-    (
-        "encoder.embed_tokens.weight",
-        "decoder.embed_tokens.weight",
-        "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
-    )
-)
+IGNORED_KEYS = re.compile(r"(en|de)coder\.embed_tokens\.weight|.*\.EncDecAttention\.relative_attention_bias\.weight")
 MLP_KEYS = {"relu": {"wi": "wi", "wo": "wo"}, "gated-gelu": {"gate": "wi_0", "wi": "wi_1", "wo": "wo"}}

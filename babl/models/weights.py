@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from babl.errors import UserError, did_you_mean
-from babl.models import t5
+from babl.models import bloom, llama, t5
 from babl.models.layers import Model
 from babl.text.tokenizer import TOKENIZER_FILES
 
@@ -27,10 +28,15 @@ class Family(NamedTuple):
     model: type[Model]
     config: Any  # a dataclass with from_hf and to_hf
     hf_keys: Callable[[Any], dict[str, str]]
-    ignored: frozenset[str]  # tensors that old folders carry and the model never used
+    ignored: re.Pattern[str]  # tensors that old folders carry and the model never used
+    prefix: str  # of the names of all but the head, which folders of the bare model leave out
 
 
-FAMILIES = {"t5": Family(t5.T5, t5.T5Config, t5.hf_keys, t5.IGNORED_KEYS)}
+FAMILIES = {
+    "t5": Family(t5.T5, t5.T5Config, t5.hf_keys, t5.IGNORED_KEYS, ""),
+    "llama": Family(llama.Llama, llama.LlamaConfig, llama.hf_keys, llama.IGNORED_KEYS, "model."),
+    "bloom": Family(bloom.Bloom, bloom.BloomConfig, bloom.hf_keys, bloom.IGNORED_KEYS, "transformer."),
+}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -76,6 +82,8 @@ def from_pretrained(
             config = family.config.from_hf(hf, tied="lm_head.weight" not in found)
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / 'config.json'}: {error} is absent or not usable") from None
+        except UserError as error:
+            raise UserError(f"{folder / 'config.json'}: {error}") from None
         with torch.device("meta"):
             model = family.model(config)
         keys = _checked_keys(model, folder, found)
@@ -134,11 +142,13 @@ def _checked_keys(model: Model, folder: Path, found: dict[str, Any]) -> dict[str
     """Returns each parameter's name in the files, where every one is there in its shape, and no other."""
     family = FAMILIES[model.config.model_type]
     keys = family.hf_keys(model.config)
+    if not any(key.startswith(family.prefix) for key in found):
+        keys = {name: key.removeprefix(family.prefix) for name, key in keys.items()}
     expected = {keys[name]: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     missing = sorted(expected.keys() - found.keys())
     if missing:
         raise UserError(f"{folder}: {len(missing)} tensors missing, first {missing[0]}")
-    unexpected = sorted(found.keys() - expected.keys() - family.ignored)
+    unexpected = sorted(key for key in found.keys() - expected.keys() if not family.ignored.fullmatch(key))
     if unexpected:
         near = did_you_mean(unexpected[0], expected)
         raise UserError(f"{folder}: {len(unexpected)} unexpected tensors, first {unexpected[0]}{near}")

@@ -1,8 +1,10 @@
 """The wording of questions, contexts and answers: training, evaluation and chat all read it from here."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from babl.errors import UserError
+from babl.text.tokenizer import Tokenizer
 
 Style = Literal["t5", "decoder"]
 
@@ -50,6 +52,21 @@ def qa_target(answer: str | None, style: Style = "t5") -> str:
     if style == "decoder":
         return f" {text}"
     raise UserError(f"prompt style '{style}': expected 't5' or 'decoder'")
+
+
+def prompt_ids(texts: Sequence[str], tokenizer: Tokenizer, style: Style) -> list[list[int]]:
+    """The ids a model reads for each prompt: EOS behind it for an encoder, BOS, where there is one, before a decoder's.
+
+    Training and every way of asking take them from here, so that what is asked begins as what was learned.
+    """
+    before, behind = ([], [tokenizer.eos_id]) if style == "t5" else (tokenizer.prefix_ids, [])
+    return [[*before, *ids, *behind] for ids in tokenizer.encode_batch(texts)]
+
+
+def continuation_ids(texts: Sequence[str], tokenizer: Tokenizer, style: Style) -> list[list[int]]:
+    """The ids a model writes for each text that follows a prompt, such as `qa_target`'s, EOS at the end."""
+    encoded = tokenizer.encode_batch(texts) if style == "t5" else [tokenizer.encode_continuation(t) for t in texts]
+    return [[*ids, tokenizer.eos_id] for ids in encoded]
 
 
 def clean_answer(text: str) -> str:

@@ -29,7 +29,13 @@ import tokenizers
 from babl.errors import UserError
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
-SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+SIDE_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 _NAMES = ("pad", "eos", "bos", "unk")
 _SPACE = "▁"  # how SentencePiece writes a space inside a piece
@@ -45,6 +51,7 @@ class _Backend(Protocol):
     sentinels: dict[str, int]
     own_ids: dict[str, int]  # pad, eos, bos, unk as far as the tokenizer file itself names them
     prefixes_space: bool  # a space is put before whatever is encoded
+    begins_with: int | None  # the id that the tokenizer file itself puts before every text
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
 
@@ -79,6 +86,8 @@ class _JsonBackend:
         self.vocab_size = 1 + max(max(self._tokenizer.get_vocab().values()), *self._added.values(), 0)
         first = self._tokenizer.encode("a", add_special_tokens=False).tokens[0]
         self.prefixes_space = first.startswith((_SPACE, _BYTE_SPACE))
+        first_id = self._tokenizer.encode("a", add_special_tokens=True).ids[0]
+        self.begins_with = first_id if first_id in self.special else None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -111,6 +120,7 @@ class _SentencePieceBackend:
         ids = {name: getattr(self._processor, f"{name}_id")() for name in _NAMES}
         self.own_ids = {name: id for name, id in ids.items() if id >= 0}
         self.vocab_size = 1 + max(size - 1, *self._added.values(), 0)
+        self.begins_with = None if extra_ids or self.sentinels else self.own_ids.get("bos")  # LLaMA's has one, T5's not
         self.prefixes_space = self._processor.encode("a", out_type=str)[0].startswith(_SPACE)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -148,12 +158,18 @@ class Tokenizer:
     Attributes:
         vocab_size: The highest id plus one; a model may have more rows than that.
         eos_id: Ends every sequence.
+        stop_ids: End what a model writes: EOS, and what config.json and generation_config.json name beside it (the end
+            of a turn, in LLaMA 3).
+        prefix_ids: What every text begins with: BOS for LLaMA, nothing for T5 and BLOOM.
+        chat_template: A jinja template that words a conversation; empty for a base model.
         pad_id: None where the tokenizer has none (LLaMA).
         bos_id: None where the family has none (T5).
         unk_id: None where every text has ids (byte-level BPE).
     """
 
-    def __init__(self, backend: _Backend, files: dict[str, bytes], ids: dict[str, int]) -> None:
+    def __init__(
+        self, backend: _Backend, files: dict[str, bytes], ids: dict[str, int], stops: set[int], settings: dict[str, Any]
+    ) -> None:
         self._backend = backend
         self._files = files  # held, so that a checkpoint is whole even when the folder has gone meanwhile
         self._special = backend.special.union(ids.values())
@@ -163,6 +179,13 @@ class Tokenizer:
         self.pad_id = ids.get("pad")
         self.bos_id = ids.get("bos")
         self.unk_id = ids.get("unk")
+        self.stop_ids = frozenset({self.eos_id, *stops})
+        begins = settings.get("add_bos_token", backend.begins_with is not None)
+        self.prefix_ids = [self.bos_id] if begins and self.bos_id is not None else []
+        template = files.get("chat_template.jinja", b"").decode() or settings.get("chat_template")
+        # Several templates may be listed by name; the one for plain conversations is called "default".
+        named = {t["name"]: t["template"] for t in template} if isinstance(template, list) else {"default": template}
+        self.chat_template = named.get("default") or ""
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text that stands alone; no BOS or EOS, no truncation."""
@@ -220,6 +243,39 @@ class Tokenizer:
                 file.write_bytes(content)
 
 
+class Detokenizer:
+    """The text of ids that come one by one, in pieces that never split a character.
+
+    A piece is what the text grows by when an id is read beside the ids before it, so that a word keeps the space
+    that only stands between ids. What may be the beginning of a character waits for its end.
+    """
+
+    _BESIDE = 4  # ids of the text before that are read with the first ones
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+        self._decode = tokenizer.decode
+        self._ids = list(before[-self._BESIDE :])
+        self._start, self._read = 0, len(self._ids)
+
+    def add(self, id: int) -> str:
+        """Returns the text that is now known, often the id's own."""
+        self._ids.append(id)
+        piece = self._unread()
+        if not piece or piece.endswith("\ufffd"):
+            return ""
+        self._start, self._read = self._read, len(self._ids)
+        return piece
+
+    def rest(self) -> str:
+        """Returns what still waits, broken characters as U+FFFD."""
+        piece = self._unread()
+        self._start, self._read = self._read, len(self._ids)
+        return piece
+
+    def _unread(self) -> str:
+        return self._decode(self._ids[self._start :])[len(self._decode(self._ids[self._start : self._read])) :]
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a model folder, whichever form it is stored in.
 
@@ -243,7 +299,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         backend = _read_backend(name, files[name], settings)
     except Exception as error:  # the libraries raise nothing narrower
         raise UserError(f"{folder / name}: not a tokenizer that can be read ({_first_line(error)})") from error
-    return Tokenizer(backend, files, _special_ids(folder, backend))
+    return Tokenizer(backend, files, _special_ids(folder, backend), _stop_ids(folder), settings)
 
 
 def _read_backend(name: str, content: bytes, settings: dict[str, Any]) -> _Backend:
@@ -275,6 +331,12 @@ def _special_ids(folder: Path, backend: _Backend) -> dict[str, int]:
     if "eos" not in ids:
         raise UserError(f"{folder}: no file says which token ends a sequence (eos_token in tokenizer_config.json)")
     return ids
+
+
+def _stop_ids(folder: Path) -> set[int]:
+    """The ids that end what the folder's model writes, as far as its configurations name them."""
+    named = [_read_settings(folder / name).get("eos_token_id") for name in ("config.json", "generation_config.json")]
+    return {id for ids in named for id in (ids if isinstance(ids, list) else [ids]) if isinstance(id, int) and id >= 0}
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

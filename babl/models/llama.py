@@ -1,0 +1,340 @@
+"""LLaMA 1, 2, 3, 3.1 and 3.2: a decoder that continues a text.
+
+Touvron et al. 2023, "LLaMA: Open and Efficient Foundation Language Models" and "Llama 2"; Grattafiori et al. 2024, "The
+Llama 3 Herd of Models". What differs from the transformer of 2017: positions enter by rotating queries and keys (Su et
+al. 2021), norms have no mean and no bias and stand before each sub-layer, the feed-forward layer is gated by SiLU, no
+linear layer has a bias, and several query heads may share one head of keys and values (Ainslie et al. 2023). From 3.1
+on, the slow rotations are slowed further, so that a longer context turns no further than the old one did.
+
+Shapes: B batch, S positions of a whole text, T of its new part, C model width, H heads, K heads of keys and values, D
+head width, F feed-forward, V vocabulary. H * D need not be C.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache, partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from babl import ops
+from babl.errors import UserError
+from babl.models.cache import Cache
+from babl.models.layers import Dropout, Model, number_sites, visible_bias
+
+LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+@dataclass
+class LlamaConfig:
+    """Sizes and variants, by the names of transformers' LlamaConfig; 0 heads or width means: derived."""
+
+    model_type: ClassVar[str] = "llama"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict = field(default_factory=dict)
+    attention_dropout: float = 0.0
+    tie_word_embeddings: bool = False
+    bos_token_id: int = 1
+    eos_token_id: int | list = 2
+
+    def __post_init__(self) -> None:
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_attention_heads is {self.num_attention_heads}, expected a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})"
+            )
+        if self.rope_type not in ("default", "llama3"):
+            raise UserError(f"rope_type is {self.rope_type!r}, expected 'default' or 'llama3'")
+        absent = [name for name in LLAMA3_SCALING if self.rope_type == "llama3" and name not in self.rope_scaling]
+        if absent:
+            raise UserError(f"rope_scaling has no {absent[0]}, which rope_type 'llama3' needs")
+
+    @property
+    def rope_type(self) -> str:
+        """How rotations are scaled."""
+        return self.rope_scaling.get("rope_type") or self.rope_scaling.get("type") or "default"
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], tied: bool) -> "LlamaConfig":
+        """Returns the config of a folder written by transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
+
+        Args:
+            config: The parsed config.json.
+            tied: Whether the file holds no head of its own.
+
+        Raises:
+            UserError: The model is a variant of LLaMA that Babl does not compute.
+        """
+        for name, expected in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+            if config.get(name, expected) != expected:
+                raise UserError(f"{name} is {config[name]!r}, expected {expected!r}")
+        known = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
+        if config.get("rope_parameters"):
+            scaling = dict(config["rope_parameters"])
+            known["rope_theta"] = scaling.pop("rope_theta", cls.rope_theta)
+            known["rope_scaling"] = {} if scaling == {"rope_type": "default"} else scaling
+        known["tie_word_embeddings"] = tied and bool(config.get("tie_word_embeddings", False))
+        return cls(**known)
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns what config.json says of this model, in words both dialects understand."""
+        named = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+        }
+        return named | asdict(self) | {"rope_scaling": self.rope_scaling or None}
+
+
+@lru_cache
+def inverse_frequencies(width: int, theta: float, scaling: tuple[float, ...], device: torch.device) -> Tensor:
+    """Returns radians per position, (D / 2,) fp32, of each pair of a head's dimensions.
+
+    Args:
+        width: D.
+        theta: The slowest pair turns once in about 2 pi theta positions.
+        scaling: Empty, or the numbers of `LLAMA3_SCALING`: a pair that turns at least `high_freq_factor` times within
+            the original context is kept, one that turns less than `low_freq_factor` times is slowed by `factor`, and
+            between the two the slowing grows smoothly.
+        device: Where it is needed.
+
+    Ref: Su et al. 2021, eq. 15; transformers' _compute_llama3_parameters.
+    """
+    with torch.inference_mode(False):  # made once, for training too
+        frequencies = 1.0 / theta ** (torch.arange(0, width, 2, device=device).float() / width)
+        if not scaling:
+            return frequencies
+        factor, low, high, context = scaling
+        turns = context * frequencies / (2 * math.pi)  # within the original context
+        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+        return (1 - kept) * frequencies / factor + kept * frequencies
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Returns x, (B, H, T, D), with dimension i and i + D/2 turned as a pair; cos and sin are (B, 1, T, D).
+
+    This is the layout of transformers' folders; Meta's own files pair neighbours.
+    """
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat((-right, left), -1) * sin
+
+
+class LlamaAttention(nn.Module):
+    """Causal attention over rotated queries and keys; H / K query heads share each head of keys and values."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.k = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.dropout = Dropout(config.attention_dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        bias: Tensor | None,
+        key: Tensor | None,
+        write: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+    ) -> Tensor:
+        """Returns what the positions of x gather, (B, T, C); arguments as for `LlamaBlock`."""
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k = rotate(q, *rotation), rotate(k, *rotation)  # (B, H, T, D), (B, K, T, D)
+        if write is not None:
+            k, v = write(k, v)  # (B, K, S, D)
+        dropped = partial(self.dropout, key=key) if self.training and self.dropout.p > 0 else None
+        out = ops.attention(q, k, v, bias, self.head_dim**-0.5, dropped, causal=bias is None)  # (B, H, T, D)
+        return self.o(out.transpose(1, 2).flatten(2))  # (B, T, C)
+
+
+class LlamaMLP(nn.Module):
+    """SiLU of one branch times the other (SwiGLU)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.down(F.silu(self.gate(x)) * self.up(x))  # (B, T, F) inside
+
+
+class LlamaNorm(nn.Module):
+    """RMS norm with a weight."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class LlamaBlock(nn.Module):
+    """Attention and feed-forward, each normed before and added to the stream."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.attention_norm = LlamaNorm(config)
+        self.attention = LlamaAttention(config)
+        self.mlp_norm = LlamaNorm(config)
+        self.mlp = LlamaMLP(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        bias: Tensor | None,
+        key: Tensor | None,
+        write: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """Returns the stream after this block, (B, T, C).
+
+        Args:
+            x: (B, T, C).
+            rotation: Cosine and sine, (B, 1, T, D), of each position's angles.
+            bias: (B, 1, T, S), hides padding and what is to come; None where x is the whole text, without padding.
+            key: (B,) int64 of the dropout, or None.
+            write: Puts new keys and values into the cache and returns all; None where x is the whole text.
+        """
+        x = x + self.attention(self.attention_norm(x), rotation, bias, key, write)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(Model):
+    """Embedding, blocks and head."""
+
+    is_encoder_decoder = False
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.context_length = config.max_position_embeddings
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(LlamaBlock(config) for _ in range(config.num_hidden_layers))
+        self.final_norm = LlamaNorm(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+        number_sites(self)
+
+    def tie_weights(self) -> None:
+        """Head and embedding are one parameter, where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embed.weight
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Every parameter is drawn anew, from `generator` alone."""
+        for parameter in self.parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
+
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns cosine and sine, (B, 1, T, D), of the angles at positions, (B, T); the angles are taken in fp32."""
+        config = self.config
+        scaling = tuple(config.rope_scaling[name] for name in LLAMA3_SCALING) if config.rope_type == "llama3" else ()
+        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, scaling, positions.device)
+        angles = (positions[:, None, :, None].float() * frequencies).repeat(1, 1, 1, 2)  # (B, 1, T, D)
+        dtype = self.embed.weight.dtype
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Returns logits (..., V) of states (..., C)."""
+        return self.lm_head(x)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        logits_at: Tensor | None = None,
+        dropout_key: Tensor | None = None,
+    ) -> Tensor:
+        """Returns logits (B, S, V) for the token after each position, or (N, V) at the places asked for.
+
+        Rotation tells relative positions alone, so padding before a text does not change it.
+
+        Args:
+            input_ids: (B, S) int64.
+            attention_mask: (B, S), 0 on padding, on any side; where None, padding may only stand at the end.
+            logits_at: (B, S) bool with N true; the head runs on those rows alone.
+            dropout_key: (B,) int64, see `ops.dropout`; torch's own generator where None.
+        """
+        x = self.embed(input_ids)  # (B, S, C)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, S)
+        bias = None
+        if attention_mask is not None:
+            bias = visible_bias(positions, input_ids.shape[1], x.dtype)
+            bias = bias.masked_fill(~attention_mask.bool()[:, None, None], torch.finfo(x.dtype).min)  # (B, 1, S, S)
+        rotation = self.rotation(positions)
+        for block in self.blocks:
+            x = block(x, rotation, bias, dropout_key)
+        x = self.final_norm(x)
+        return self.head(x if logits_at is None else x[logits_at])
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor, room: int) -> tuple[Cache, Tensor]:
+        """Returns a cache with room for `room` new tokens, and the state (B, C) that the first of them comes from."""
+        config, (batch, width) = self.config, input_ids.shape
+        cache = Cache.empty(
+            config.num_hidden_layers,
+            batch,
+            config.num_key_value_heads,
+            width + room,
+            config.head_dim,
+            self.embed.weight.dtype,
+            input_ids.device,
+        )
+        states = self.decode(input_ids, cache)
+        lengths = attention_mask.sum(1)  # (B,)
+        cache.cut(lengths, width)
+        return cache, states[torch.arange(batch, device=lengths.device), lengths - 1]
+
+    def decode(self, ids: Tensor, cache: Cache) -> Tensor:
+        """Returns states (B, n, C) after each of the new tokens, (B, n) int64, which enter the cache."""
+        positions = cache.place(ids.shape[1])  # (B, n)
+        x = self.embed(ids)  # (B, n, C)
+        bias = visible_bias(positions, cache.reach, x.dtype)  # (B, 1, n, reach)
+        rotation = self.rotation(positions)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotation, bias, None, partial(cache.write, layer, positions=positions))
+        return self.final_norm(x)
+
+
+def hf_keys(config: LlamaConfig) -> dict[str, str]:
+    """Returns the name of each parameter here -> its name in a transformers folder."""
+    keys = {"embed.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight"}
+    if not config.tie_word_embeddings:
+        keys["lm_head.weight"] = "lm_head.weight"
+    parts = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    parts |= {f"attention.{name}": f"self_attn.{name}_proj" for name in "qkvo"}
+    parts |= {f"mlp.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+    for layer in range(config.num_hidden_layers):
+        for ours, theirs in parts.items():
+            keys[f"blocks.{layer}.{ours}.weight"] = f"model.layers.{layer}.{theirs}.weight"
+    return keys
+
+
+IGNORED_KEYS = re.compile(r".*\.rotary_emb\.inv_freq")

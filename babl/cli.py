@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="babl", description="Fine-tune T5 with a loop you can read, and measure whether context helps."
+        prog="babl",
+        description="Fine-tune T5, LLaMA and BLOOM with a loop you can read, and measure whether context helps.",
     )
     parser.add_argument("--version", action="version", version=f"babl {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user error")
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("demo", demo, "embedded data: a model with and one without the context, compared in a report")
     sub.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo")
+    sub.add_argument("--family", choices=("t5", "llama", "bloom"), default="t5")
     sub.add_argument("--minutes", type=float, default=6.0, help="about how long all of it may take (default 6)")
     sub.add_argument("--seed", type=int, default=0)
 
@@ -64,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-source-tokens", type=int, default=512, metavar="N")
     sub.add_argument("--stride", type=int, default=128, metavar="N", help="tokens neighbouring windows share")
     sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    _add_device(sub)
     sub.add_argument("--json", action="store_true")
 
     sub = verb("score", score, "the official SQuAD metrics of a prediction file")
@@ -81,7 +84,38 @@ def _parser() -> argparse.ArgumentParser:
     context.add_argument("--context", metavar="TEXT")
     context.add_argument("--context-file", type=Path, metavar="FILE")
     sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    _add_device(sub)
     sub.add_argument("--json", action="store_true")
+
+    sub = verb("generate", generate, "the raw continuation of a prompt, as it is written")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("prompt", metavar="PROMPT", help="may be empty: a text from nothing")
+    _add_sampling(sub, temperature=0.0)
+    sub.add_argument("--num-beams", type=int, default=1, metavar="N", help="above 1, beam search")
+    sub.add_argument("--length-penalty", type=float, default=1.0, metavar="A", help="of beams (default 1)")
+    _add_device(sub)
+    sub.add_argument("--json", action="store_true")
+
+    sub = verb("chat", chat, "talk to a model in the terminal")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("--resume", metavar="ID", help="go on with a conversation")
+    sub.add_argument("--system", default="", metavar="TEXT", help="what a chat model is told first")
+    _add_sampling(sub, temperature=0.7)
+    _add_device(sub)
+
+    sub = verb("models", models, "the model folders here, and which of them fit this machine")
+    sub.add_argument("--models", type=Path, default=Path("models"), metavar="DIR", help="default models")
+    sub.add_argument("--json", action="store_true")
+
+    sub = verb("pull", pull, "fetch a model folder from the Hugging Face hub (HF_ENDPOINT, HF_TOKEN)")
+    sub.add_argument("repo_id", metavar="REPO_ID")
+    sub.add_argument("--to", type=Path, metavar="DIR", help="default models/NAME")
+    sub.add_argument("--revision", default="main", metavar="REV", help="branch, tag or commit (default main)")
+
+    sub = verb("export", export, "a checkpoint's model alone: weights, config and tokenizer")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT")
+    sub.add_argument("to", type=Path, metavar="DIR")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
 
     sub = verb("info", info, "what a model folder or checkpoint holds, and whether it is whole")
     sub.add_argument("model", metavar="MODEL")
@@ -92,11 +126,35 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_sampling(sub: argparse.ArgumentParser, temperature: float) -> None:
+    sub.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    sub.add_argument("--temperature", type=float, default=temperature, metavar="T", help=f"default {temperature}")
+    sub.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest (0: all)")
+    sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest that sum to P")
+    sub.add_argument("--min-p", type=float, default=0.0, metavar="P", help="share of the likeliest's probability")
+    sub.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
+    sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
+    sub.add_argument("--seed", type=int, default=0)
+
+
+def _add_device(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    sub.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+
+
+def _sampling(args: argparse.Namespace, **more: Any) -> Any:
+    """Returns the GenerationConfig that the options of `_add_sampling` ask for."""
+    from babl.generation import GenerationConfig
+
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return GenerationConfig(**{name: getattr(args, name) for name in names}, stop_strings=tuple(args.stop), **more)
+
+
 def demo(args: argparse.Namespace) -> int:
     """Runs scripts/demo.py."""
     from babl.scripts.demo import run
 
-    return run(args.out, args.minutes, args.seed)
+    return run(args.out, args.family, args.minutes, args.seed)
 
 
 def train(args: argparse.Namespace) -> int:
@@ -112,6 +170,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from babl.data.squad import load_squad
     from babl.errors import did_you_mean
     from babl.evaluation.runner import evaluate as run
+    from babl.generation import Engine
 
     if args.context not in ARMS:
         raise UserError(
@@ -120,7 +179,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}, expected at least 1")
     examples = load_squad(args.data)[: args.limit]
-    engine = _engine(args.model)
+    engine = Engine.load(args.model, args.device, args.dtype)
     if args.out:  # before the work, not after it
         try:
             args.out.mkdir(parents=True, exist_ok=True)
@@ -150,7 +209,7 @@ def query(args: argparse.Namespace) -> None:
     from babl.data.collate import make_prompts
     from babl.data.contexts import Arm
     from babl.data.squad import Example
-    from babl.generation import GenerationConfig
+    from babl.generation import Engine, GenerationConfig
     from babl.generation.sampling import LOOKUP_TOKENS
     from babl.text.prompts import clean_answer
 
@@ -160,7 +219,7 @@ def query(args: argparse.Namespace) -> None:
             context = args.context_file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--context-file: {args.context_file} cannot be read ({error})") from None
-    engine = _engine(args.model)
+    engine = Engine.load(args.model, args.device, args.dtype)
     example = Example("query", "", args.question, context or "", ())
     arm: Arm = "none" if context is None else "gold"
     prompts = make_prompts([example], arm, engine.tokenizer, 512, 128, engine.style)
@@ -171,6 +230,98 @@ def query(args: argparse.Namespace) -> None:
         print(json.dumps(found | {"windows": len(prompts)}, ensure_ascii=False))
     else:
         print(clean_answer(best.text))
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Prints a prompt's continuation as it is written."""
+    from dataclasses import asdict
+
+    from babl.generation import Engine
+
+    config = _sampling(args, num_beams=args.num_beams, length_penalty=args.length_penalty)
+    stream = Engine.load(args.model, args.device, args.dtype).stream(args.prompt, **asdict(config))
+    for piece in stream:
+        if not args.json:
+            print(piece, end="", flush=True)
+    answer = stream.answer
+    if args.json:
+        print(json.dumps(asdict(answer), ensure_ascii=False))
+    else:
+        print()
+        if not answer.complete:
+            limit = f"--max-new-tokens {args.max_new_tokens}" if answer.finish == "length" else "the model's context"
+            print(f"babl generate: ended at {limit}", file=sys.stderr)
+
+
+def chat(args: argparse.Namespace) -> int:
+    """Runs scripts/chat.py."""
+    from babl.generation.session import Session
+    from babl.scripts.chat import run
+
+    session = Session.load(args.resume) if args.resume else Session(args.model, args.system)
+    session.model = args.model
+    return run(session, _sampling(args), args.device, args.dtype)
+
+
+def models(args: argparse.Namespace) -> None:
+    """Prints a line for each model folder."""
+    import psutil
+
+    from babl.models.weights import describe
+
+    if not args.models.is_dir():
+        raise UserError(f"--models: {args.models} is no folder; `babl pull` makes one")
+    free = psutil.virtual_memory().available
+    rows: list[dict[str, Any]] = []
+    for folder in sorted(path.parent for path in args.models.rglob("config.json")):
+        try:
+            facts = describe(folder)
+            rows.append({"model": str(folder)} | facts | {"fits": facts["bytes"] < free})
+        except UserError as error:
+            rows.append({"model": str(folder), "unusable": str(error)})
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return
+    width = max((len(row["model"]) for row in rows), default=0)
+    for row in rows:
+        told = f"unusable: {row['unusable']}" if "unusable" in row else _describe_row(row)
+        print(f"{row['model']:<{width}}  {told}")
+    if not rows:
+        print(f"no model in {args.models}; `babl pull REPO_ID` fetches one", file=sys.stderr)
+
+
+def _describe_row(row: dict[str, Any]) -> str:
+    fits = "fits" if row["fits"] else "does not fit"
+    size = f"{row['parameters'] / 1e6:.1f} M parameters, {row['bytes'] / 2**20:.1f} MiB of {row['dtypes']}"
+    return f"{row['family']}, {size}, context {row['context'] or 'any'}, {fits}"
+
+
+def pull(args: argparse.Namespace) -> None:
+    """Prints the folder that now holds the model."""
+    from babl.models.hub import pull as fetch
+
+    print(fetch(args.repo_id, args.to or Path("models") / args.repo_id.split("/")[-1], args.revision))
+
+
+def export(args: argparse.Namespace) -> None:
+    """Prints the folder that now holds the checkpoint's model."""
+    import torch
+
+    from babl.models import from_pretrained, save_pretrained
+    from babl.text import load_tokenizer
+    from babl.training.checkpoint import MANIFEST, find_fault, written_whole
+
+    if args.to.exists():
+        raise UserError(f"{args.to} is there already; remove it, or choose another folder")
+    checkpoint = Path(args.checkpoint)
+    fault = find_fault(checkpoint) if (checkpoint / MANIFEST).exists() else None
+    if fault:
+        raise UserError(f"{checkpoint}: {fault}")
+    model, tokenizer = from_pretrained(checkpoint, getattr(torch, args.dtype)), load_tokenizer(checkpoint)
+    with written_whole(args.to) as folder:
+        save_pretrained(model, folder)
+        tokenizer.save(folder)
+    print(args.to)
 
 
 def info(args: argparse.Namespace) -> None:
@@ -207,14 +358,6 @@ def doctor(args: argparse.Namespace) -> None:
         found = importlib.util.find_spec(package) is not None
         facts[package] = importlib.metadata.version(package) if found else f"not installed (for {use})"
     _show(facts, args.json)
-
-
-def _engine(model: str) -> Any:
-    from babl.generation import Engine
-    from babl.models import from_pretrained
-    from babl.text import load_tokenizer
-
-    return Engine(from_pretrained(model), load_tokenizer(model))
 
 
 def _read_json(path: str) -> dict[str, Any]:

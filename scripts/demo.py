@@ -1,7 +1,7 @@
 """Both arms of the experiment on the embedded data: `babl demo`.
 
-Writes a corpus about an invented world, trains one small T5 that sees the paragraph and one that does not, scores both
-on articles neither has seen, and leaves the models, report.html and report.json in the folder.
+Writes a corpus about an invented world, trains one small model that sees the paragraph and one that does not, scores
+both on articles neither has seen, and leaves the models, report.html and report.json in the folder.
 """
 
 import json
@@ -28,9 +28,10 @@ from babl.evaluation.runner import evaluate
 from babl.generation import Engine
 from babl.models import from_pretrained
 from babl.models.build import ModelConfig
+from babl.models.weights import FAMILIES, Family
 from babl.scripts.train import BatchConfig, LoopConfig, RunConfig, TrainConfig
 from babl.text import load_tokenizer, train_tokenizer
-from babl.text.prompts import qa_prompt
+from babl.text.prompts import Style, qa_prompt
 from babl.training.optimizer import OptimConfig
 
 TRAIN_ARTICLES, DEV_ARTICLES = 2000, 32
@@ -38,23 +39,35 @@ SIDE_BY_SIDE = 1.7  # how much longer a step takes while the other arm trains: t
 TRIAL_STEPS = 60  # of the gold arm, to learn how fast this machine is
 BATCH_TOKENS, MAX_SOURCE, STRIDE = 1536, 128, 16
 RESERVE_SECONDS = 40  # for reading, scoring and drawing
-SHAPE = {
-    "d_model": 64,
-    "d_kv": 16,
-    "d_ff": 128,
-    "num_heads": 8,
-    "num_layers": 3,
-    "num_decoder_layers": 2,
-    "dropout_rate": 0.0,
-    "scale_decoder_outputs": False,  # a small model's logits start too small with it
+SHAPES: dict[Family, dict[str, Any]] = {
+    "t5": {
+        "d_model": 64,
+        "d_kv": 16,
+        "d_ff": 128,
+        "num_heads": 8,
+        "num_layers": 3,
+        "num_decoder_layers": 2,
+        "dropout_rate": 0.0,
+        "scale_decoder_outputs": False,  # a small model's logits start too small with it
+    },
+    "llama": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    },
+    "bloom": {"hidden_size": 64, "n_layer": 4, "n_head": 8},
 }
 
 
-def run(out: Path, minutes: float, seed: int) -> int:
+def run(out: Path, family: Family, minutes: float, seed: int) -> int:
     """Returns 0 once the report stands in `out`; what an earlier demo left there is replaced.
 
     Args:
         out: The folder.
+        family: Of the models.
         minutes: About how long all of it may take.
         seed: Of data, weights and order.
     """
@@ -63,14 +76,15 @@ def run(out: Path, minutes: float, seed: int) -> int:
         raise UserError(f"--minutes is {minutes:g}, expected at least 1")
     _clear(out)
     train_file, dev_file = _write_data(out / "data", seed)
-    texts = [qa_prompt(e.question, e.context) for e in load_squad(train_file)]
+    style: Style = "t5" if FAMILIES[family].model.is_encoder_decoder else "decoder"
+    texts = [qa_prompt(e.question, e.context, style) for e in load_squad(train_file)]
     train_tokenizer(texts, 800, out / "tokenizer")
 
-    seconds_per_step = _trial(out, seed)
+    seconds_per_step = _trial(out, family, seed)
     left = 60 * minutes - (time.perf_counter() - started) - RESERVE_SECONDS
     steps = max(TRIAL_STEPS, int(left / (SIDE_BY_SIDE * seconds_per_step)))
     print(f"{1000 * seconds_per_step:.0f} ms a step: {steps:,} steps for each arm, side by side", file=sys.stderr)
-    trained = _train_side_by_side(out, steps, seed)
+    trained = _train_side_by_side(out, family, steps, seed)
 
     arms: dict[str, Any] = {}
     losses: dict[str, list[float]] = {}
@@ -93,6 +107,7 @@ def run(out: Path, minutes: float, seed: int) -> int:
         }
     golds = [(example.grade, example.answers[0].text) for example in dev]
     report = {
+        "family": family,
         "arms": arms,
         "chance_exact": chance_exact(text for _, text in golds),
         "chance_grades": {grade: chance_exact(text for g, text in golds if g == grade) for grade in GRADES},
@@ -119,9 +134,9 @@ def run(out: Path, minutes: float, seed: int) -> int:
     return 0
 
 
-def _trial(out: Path, seed: int) -> float:
+def _trial(out: Path, family: Family, seed: int) -> float:
     """Returns the seconds that a step of the gold arm takes on this machine."""
-    code = _start(_config(out, "trial", "gold", TRIAL_STEPS, seed)).wait()
+    code = _start(_config(out, family, "trial", "gold", TRIAL_STEPS, seed)).wait()
     if code:
         raise RuntimeError(f"the trial run ended with exit code {code}")
     lines = (out / "trial" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -131,14 +146,14 @@ def _trial(out: Path, seed: int) -> float:
     return statistics.median(seconds)
 
 
-def _train_side_by_side(out: Path, steps: int, seed: int) -> dict[Arm, float]:
+def _train_side_by_side(out: Path, family: Family, steps: int, seed: int) -> dict[Arm, float]:
     """Returns the seconds each arm took; the gold arm's progress is shown, the other's is in none.log."""
     begun = time.perf_counter()
     seconds: dict[Arm, float] = {}
     with (out / "none.log").open("w", encoding="utf-8") as log:
         running: dict[Arm, subprocess.Popen] = {
-            "none": _start(_config(out, "none", "none", steps, seed), log),
-            "gold": _start(_config(out, "gold", "gold", steps, seed)),
+            "none": _start(_config(out, family, "none", "none", steps, seed), log),
+            "gold": _start(_config(out, family, "gold", "gold", steps, seed)),
         }
         try:
             while len(seconds) < len(running):
@@ -165,10 +180,10 @@ def _start(config: TrainConfig, log: TextIO | None = None) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment)
 
 
-def _config(out: Path, name: str, arm: Arm, steps: int, seed: int) -> TrainConfig:
+def _config(out: Path, family: Family, name: str, arm: Arm, steps: int, seed: int) -> TrainConfig:
     return TrainConfig(
         RunConfig(name=name, dir=str(out), seed=seed),
-        ModelConfig(family="t5", shape=SHAPE, tokenizer=str(out / "tokenizer")),
+        ModelConfig(family=family, shape=SHAPES[family], tokenizer=str(out / "tokenizer")),
         DataConfig(str(out / "data/train.json"), str(out / "data/dev.json"), arm, MAX_SOURCE, STRIDE),
         BatchConfig(tokens=BATCH_TOKENS if arm == "gold" else BATCH_TOKENS * 2 // 5),
         OptimConfig(lr=1e-3, schedule="trapezoid", warmup_steps=min(100, steps // 4)),

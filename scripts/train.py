@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from babl.config import at_least, load_config, save_config
-from babl.data.collate import Batch, Feature, collate, collate_causal, make_features
+from babl.data.collate import Batch, Feature, check_context, collate, collate_causal, make_features
 from babl.data.contexts import Arm, context_for
 from babl.data.loader import Loader, dropout_keys, plan_epoch
 from babl.data.sets import DataConfig, load_sets
@@ -32,7 +32,7 @@ from babl.distributed.env import World, world
 from babl.errors import UserError
 from babl.generation import Engine
 from babl.models.build import ModelConfig, build_model
-from babl.models.weights import read_weights, save_pretrained
+from babl.models.weights import FAMILIES, read_weights, save_pretrained
 from babl.text import train_tokenizer
 from babl.text.prompts import Style, qa_prompt
 from babl.training.checkpoint import newest_whole, read_state, save_checkpoint
@@ -115,6 +115,7 @@ def train(cfg: TrainConfig) -> Path:
         window = cfg.data.context, tokenizer, cfg.data.max_source_tokens, cfg.data.stride, style
         features, losses = make_features(train_set, *window)
         validation, _ = make_features(validation_set, *window)
+        check_context([*features, *validation], model.context_length)
         say(f"{len(train_set):,} questions, {len(features):,} examples; {losses}")
         lengths = [feature.lengths for feature in features]
         loader = Loader(lengths, cfg.batch.tokens, cfg.run.seed, me.rank, me.size, cfg.batch.accumulation)
@@ -208,7 +209,8 @@ def begin_folder(cfg: TrainConfig, folder: Path, train_set: list[Example]) -> No
         raise UserError(f"run.dir: {folder} cannot be written ({error.strerror})") from None
     kept = cfg.run.resume and (folder / "tokenizer").exists()
     if not (cfg.model.path or cfg.model.tokenizer or kept):
-        texts = (qa_prompt(e.question, e.context) for e in train_set)
+        style: Style = "t5" if FAMILIES[cfg.model.family].model.is_encoder_decoder else "decoder"
+        texts = (qa_prompt(e.question, e.context, style) for e in train_set)
         train_tokenizer(texts, cfg.model.tokenizer_size, folder / "tokenizer")
 
 

@@ -178,6 +178,20 @@ def make_features(
     return features, losses
 
 
+def check_context(features: Sequence[Feature], context_length: int | None) -> None:
+    """Every example fits the model's context, where that has a bound.
+
+    Raises:
+        UserError: One does not.
+    """
+    longest = max(features, key=lambda feature: feature.lengths[0], default=None)
+    if longest is not None and context_length is not None and longest.lengths[0] > context_length:
+        raise UserError(
+            f"data.max_source_tokens: example {longest.id} has {longest.lengths[0]} tokens with its answer, but the "
+            f"model's context is {context_length}"
+        )
+
+
 @dataclass
 class Batch:
     """One micro-batch; what the model takes is in `inputs`, by the names of its arguments.

@@ -7,6 +7,7 @@ alone. Decoders read a beginning that several prompts share, such as a paragraph
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,9 +19,10 @@ from babl.generation.beam import beam_search
 from babl.generation.graph import GraphedStep
 from babl.generation.reuse import draft, shared_prefixes
 from babl.generation.sampling import GenerationConfig, choose
+from babl.models import from_pretrained
 from babl.models.cache import Cache
 from babl.models.layers import Model
-from babl.text import Detokenizer, Tokenizer
+from babl.text import Detokenizer, Tokenizer, load_tokenizer
 from babl.text.prompts import Style, continuation_ids, prompt_ids
 
 Prompt = str | Sequence[int]  # a text, or the ids the model is to read as they are
@@ -147,6 +149,28 @@ class Engine:
         self.device = next(model.parameters()).device
         self.style: Style = "t5" if model.is_encoder_decoder else "decoder"
         self.hook: Callable[[Tensor], Tensor] | None = None
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "auto", dtype: str = "auto") -> "Engine":
+        """Returns the engine of a model folder.
+
+        Args:
+            folder: Holds model and tokenizer.
+            device: "auto", "cpu", "cuda" or "mps"; auto takes the fastest there is.
+            dtype: "auto", "float32" or "bfloat16"; auto takes bfloat16 where a GPU has it, float32 elsewhere.
+
+        Raises:
+            UserError: The folder is not what it should be, or this machine has no such device.
+        """
+        here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        if device == "auto":
+            device = next(name for name, found in here.items() if found)
+        if not here[device]:
+            raise UserError(f"--device is {device!r}, but torch finds {' and '.join(n for n in here if here[n])} alone")
+        if dtype == "auto":
+            halves = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype = "bfloat16" if halves else "float32"
+        return cls(from_pretrained(folder, getattr(torch, dtype), device), load_tokenizer(folder))
 
     def generate(self, prompts: Sequence[Prompt], **settings: object) -> list[str]:
         """Returns the text written for each prompt, in order.

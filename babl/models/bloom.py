@@ -41,7 +41,7 @@ class BloomConfig:
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     tie_word_embeddings: bool = True
-    bos_token_id: int = 1
+    bos_token_id: int | None = 1
     eos_token_id: int = 2
     pad_token_id: int = 3
 

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 
 from babl.errors import UserError, did_you_mean
 from babl.models.layers import Model
-from babl.models.weights import FAMILIES, from_pretrained
+from babl.models.weights import FAMILIES, Family, from_pretrained
 from babl.text import Tokenizer, load_tokenizer
 
 
@@ -25,7 +25,7 @@ class ModelConfig:
     """
 
     path: str = ""
-    family: Literal["t5", "llama", "bloom"] = "t5"
+    family: Family = "t5"
     shape: dict[str, Any] = field(default_factory=dict)
     tokenizer: str = ""
     tokenizer_size: int = 1000
@@ -52,8 +52,11 @@ def build_model(cfg: ModelConfig, trained_tokenizer: Path, seed: int) -> tuple[M
         if name not in names:
             raise UserError(f"unknown key 'model.shape.{name}'{did_you_mean(name, names)}")
         if not isinstance(value, types[name]):
-            raise UserError(f"model.shape.{name} is {value!r}, expected {types[name].__name__}")
-    model = family.model(family.config(**({"vocab_size": tokenizer.vocab_size} | cfg.shape)))
+            expected = getattr(types[name], "__name__", types[name])
+            raise UserError(f"model.shape.{name} is {value!r}, expected {expected}")
+    known = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.bos_id}
+    known |= {} if tokenizer.pad_id is None else {"pad_token_id": tokenizer.pad_id}
+    model = family.model(family.config(**({name: value for name, value in known.items() if name in names} | cfg.shape)))
     if model.config.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model.shape.vocab_size is {model.config.vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids"

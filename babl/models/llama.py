@@ -47,7 +47,7 @@ class LlamaConfig:
     rope_scaling: dict = field(default_factory=dict)
     attention_dropout: float = 0.0
     tie_word_embeddings: bool = False
-    bos_token_id: int = 1
+    bos_token_id: int | None = 1
     eos_token_id: int | list = 2
 
     def __post_init__(self) -> None:
@@ -245,12 +245,28 @@ class Llama(Model):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Every parameter is drawn anew, from `generator` alone."""
-        for parameter in self.parameters():
+        """Every parameter is drawn anew, from `generator` alone, so that copying text is quick to learn.
+
+        Queries and keys begin equal, so a token attends to its like, and outputs begin as the transpose of values, so
+        what is attended to arrives as what it is, softly. Without this a small model from scratch learns to copy a
+        name it has never seen many times later.
+
+        Ref: Trockman and Kolter 2023, mimetic initialization.
+        """
+        config = self.config
+        for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
             else:
-                parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
+                std = 0.5 if name == "embed.weight" else parameter.shape[-1] ** -0.5
+                parameter.normal_(0.0, std, generator=generator)
+        groups = config.num_attention_heads // config.num_key_value_heads
+        for block in self.blocks:
+            q, k, v, o = (getattr(block.attention, name).weight for name in "qkvo")
+            q.mul_((2.0 * config.head_dim**-0.5) ** 0.5)  # a token's score with its like: 2 sqrt(D)
+            k.copy_(q.unflatten(0, (-1, groups, config.head_dim))[:, 0].flatten(0, 1))  # of the first head of a group
+            nn.init.orthogonal_(v, generator=generator).mul_(0.3**0.5)
+            o.copy_(v.unflatten(0, (-1, config.head_dim)).repeat_interleave(groups, 0).flatten(0, 1).mT)
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Returns cosine and sine, (B, 1, T, D), of the angles at positions, (B, T); the angles are taken in fp32."""

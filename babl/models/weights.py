@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,10 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-class Family(NamedTuple):
+Family = Literal["t5", "llama", "bloom"]
+
+
+class FamilyParts(NamedTuple):
     """One model file, as loading and saving see it."""
 
     model: type[Model]
@@ -32,10 +35,10 @@ class Family(NamedTuple):
     prefix: str  # of the names of all but the head, which folders of the bare model leave out
 
 
-FAMILIES = {
-    "t5": Family(t5.T5, t5.T5Config, t5.hf_keys, t5.IGNORED_KEYS, ""),
-    "llama": Family(llama.Llama, llama.LlamaConfig, llama.hf_keys, llama.IGNORED_KEYS, "model."),
-    "bloom": Family(bloom.Bloom, bloom.BloomConfig, bloom.hf_keys, bloom.IGNORED_KEYS, "transformer."),
+FAMILIES: dict[Family, FamilyParts] = {
+    "t5": FamilyParts(t5.T5, t5.T5Config, t5.hf_keys, t5.IGNORED_KEYS, ""),
+    "llama": FamilyParts(llama.Llama, llama.LlamaConfig, llama.hf_keys, llama.IGNORED_KEYS, "model."),
+    "bloom": FamilyParts(bloom.Bloom, bloom.BloomConfig, bloom.hf_keys, bloom.IGNORED_KEYS, "transformer."),
 }
 
 
@@ -182,7 +185,7 @@ def write_weights(config: dict[str, Any], tensors: Iterable[tuple[str, Tensor]],
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Returns family, size, dtype and bytes of a model folder, without reading its weights.
+    """Returns family, size, dtype, bytes and context length of a model folder, without reading its weights.
 
     Raises:
         UserError: As `from_pretrained`.
@@ -195,5 +198,6 @@ def describe(folder: Path) -> dict[str, Any]:
             "parameters": sum(math.prod(part.get_shape()) for part in slices),
             "dtypes": ", ".join(sorted({part.get_dtype() for part in slices})),
             "bytes": sum(path.stat().st_size for path in _weight_files(folder)),
+            "context": hf["max_position_embeddings"] if hf["model_type"] == "llama" else None,
             "tokenizer": next((name for name in TOKENIZER_FILES if (folder / name).is_file()), "none"),
         }

@@ -1,7 +1,13 @@
 """The wording of questions, contexts and answers: training, evaluation and chat all read it from here."""
 
+import json
+import re
+import time
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, TypedDict
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from babl.errors import UserError
 from babl.text.tokenizer import Tokenizer
@@ -67,6 +73,65 @@ def continuation_ids(texts: Sequence[str], tokenizer: Tokenizer, style: Style) -
     """The ids a model writes for each text that follows a prompt, such as `qa_target`'s, EOS at the end."""
     encoded = tokenizer.encode_batch(texts) if style == "t5" else [tokenizer.encode_continuation(t) for t in texts]
     return [[*ids, tokenizer.eos_id] for ids in encoded]
+
+
+class Message(TypedDict):
+    """One turn of a conversation; role is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+def chat_ids(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+    """The ids that ask for the next answer in a conversation, by the tokenizer's own chat template.
+
+    The template is code from a stranger and runs in jinja's sandbox. Its control tokens become control; the same
+    characters typed by a user stay text, which a mark inside them sees to until the ids are made.
+
+    Raises:
+        UserError: The template fails, or refuses the messages.
+    """
+    control = re.compile("|".join(map(re.escape, sorted(tokenizer.control, key=len, reverse=True))))
+    said = "".join(message["content"] for message in messages)
+    mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in said)
+    spelled = {id: token for token, id in tokenizer.control.items()}
+    names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    guarded = [m | {"content": control.sub(lambda t: t[0][0] + mark + t[0][1:], m["content"])} for m in messages]
+    try:
+        text = (
+            _environment()
+            .from_string(tokenizer.chat_template)
+            .render(
+                messages=guarded,
+                add_generation_prompt=True,
+                **{name: spelled[id] for name, id in names.items() if id in spelled},
+            )
+        )
+    except jinja2.TemplateError as error:
+        raise UserError(f"the model's chat template failed: {error}") from None
+    ids, at = [], 0
+    for token in control.finditer(text):
+        ids += tokenizer.encode(text[at : token.start()].replace(mark, "")) if token.start() > at else []
+        ids.append(tokenizer.control[token[0]])
+        at = token.end()
+    return ids + (tokenizer.encode(text[at:].replace(mark, "")) if at < len(text) else [])
+
+
+def _environment() -> jinja2.Environment:
+    """What transformers gives templates, which are written for it."""
+
+    def refuse(reason: str) -> None:
+        raise jinja2.TemplateError(reason)
+
+    def tojson(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+    return environment
 
 
 def clean_answer(text: str) -> str:

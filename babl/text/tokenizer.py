@@ -48,6 +48,7 @@ class _Backend(Protocol):
 
     vocab_size: int
     special: frozenset[int]  # ids that stand for no text
+    control: dict[str, int]  # the written forms of those among them that are not T5's sentinels
     sentinels: dict[str, int]
     own_ids: dict[str, int]  # pad, eos, bos, unk as far as the tokenizer file itself names them
     prefixes_space: bool  # a space is put before whatever is encoded
@@ -69,6 +70,7 @@ class _JsonBackend:
         self.special = frozenset(token["id"] for token in added if token["special"])
         self._added = {token["content"]: token["id"] for token in added}
         self.sentinels = {token: id for token, id in self._added.items() if _SENTINEL.fullmatch(token)}
+        self.control = {t: id for t, id in self._added.items() if id in self.special and t not in self.sentinels}
         if model["type"] == "Unigram":
             # To a unigram model special tokens are pieces like any other, so text could spell them. A piece
             # with a space cannot be spelled: the pre-tokenizer has split at every space or replaced it.
@@ -117,6 +119,8 @@ class _SentencePieceBackend:
         self.sentinels = {token: id for token, id in self._added.items() if _SENTINEL.fullmatch(token)}
         mute = [id for id in range(size) if self._processor.is_control(id) or self._processor.is_unknown(id)]
         self.special = frozenset([*mute, *self._added.values()])
+        written = {self._processor.id_to_piece(id): id for id in mute}
+        self.control = {t: id for t, id in (written | self._added).items() if t not in self.sentinels}
         ids = {name: getattr(self._processor, f"{name}_id")() for name in _NAMES}
         self.own_ids = {name: id for name, id in ids.items() if id >= 0}
         self.vocab_size = 1 + max(size - 1, *self._added.values(), 0)
@@ -161,6 +165,7 @@ class Tokenizer:
         stop_ids: End what a model writes: EOS, and what config.json and generation_config.json name beside it (the end
             of a turn, in LLaMA 3).
         prefix_ids: What every text begins with: BOS for LLaMA, nothing for T5 and BLOOM.
+        control: The written forms of control tokens and their ids.
         chat_template: A jinja template that words a conversation; empty for a base model.
         pad_id: None where the tokenizer has none (LLaMA).
         bos_id: None where the family has none (T5).
@@ -175,6 +180,7 @@ class Tokenizer:
         self._special = backend.special.union(ids.values())
         self._sentinels = re.compile(f"({'|'.join(backend.sentinels)})") if backend.sentinels else None
         self.vocab_size = backend.vocab_size
+        self.control = backend.control
         self.eos_id = ids["eos"]
         self.pad_id = ids.get("pad")
         self.bos_id = ids.get("bos")

@@ -6,13 +6,14 @@ from babl.data.squad import load_squad
 from babl.scripts import demo
 
 
-def test_a_very_short_demo_leaves_all_it_promises(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("family", demo.SHAPES)
+def test_a_very_short_demo_leaves_all_it_promises(family, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "TRAIN_ARTICLES", 20)
     monkeypatch.setattr(demo, "DEV_ARTICLES", 3)
     monkeypatch.setattr(demo, "TRIAL_STEPS", 3)
     monkeypatch.setattr(demo, "RESERVE_SECONDS", 3600)  # nothing left: as few steps as there can be
     out = tmp_path / "demo"
-    assert demo.run(out, minutes=1, seed=0) == 0
+    assert demo.run(out, family, minutes=1, seed=0) == 0
     report = json.loads((out / "report.json").read_text())
     assert list(report["arms"]) == ["none", "gold"]
     for arm in report["arms"].values():
@@ -27,4 +28,4 @@ def test_a_very_short_demo_leaves_all_it_promises(tmp_path, monkeypatch, capsys)
     assert "src=" not in html and "<link" not in html and "@import" not in html, "nothing is fetched"
     printed = capsys.readouterr().out
     assert "babl query" in printed and "95 % interval" in printed
-    assert demo.run(out, minutes=1, seed=0) == 0, "a second demo takes the place of the first"
+    assert demo.run(out, family, minutes=1, seed=0) == 0, "a second demo takes the place of the first"

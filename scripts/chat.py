@@ -1,0 +1,147 @@
+"""Talks to a model in the terminal: `babl chat MODEL`.
+
+Answers appear as they are written; Ctrl-C stops the answer and not the program. Every message is kept in the
+conversation's file before the next one is asked for, so `--resume ID` goes on even after a crash.
+"""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from babl.errors import UserError, did_you_mean
+from babl.generation import Engine, GenerationConfig
+from babl.generation.session import Session
+from babl.text.prompts import clean_answer
+
+COMMANDS = {
+    "/context": "[TEXT | @FILE]  ask about this passage; without one, about none",
+    "/system": "[TEXT]  what a chat model is told first; without one, nothing",
+    "/model": "[FOLDER]  which model answers; another one goes on with the same conversation",
+    "/save": "[FILE.md]  where the conversation is kept; with a file, write it there to be read",
+    "/help": "this list",
+    "/exit": "leave, as Ctrl-D does",
+}
+
+
+def run(session: Session, config: GenerationConfig, device: str, dtype: str) -> int:
+    """Returns 0 once the user has left."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 (lines can be edited and called back)
+
+    engine = Engine.load(session.model, device, dtype)
+    say(f"{session.model}: ask, or /help. Conversation {session.id}; Ctrl-C stops an answer, Ctrl-D leaves.")
+    for message in session.messages:
+        print(f"{'> ' if message['role'] == 'user' else ''}{message['content']}")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            say("\nCtrl-D or /exit leaves")
+            continue
+        try:
+            if line == "/exit":
+                break
+            if line.startswith("/"):
+                engine = command(line, session, engine, device, dtype)
+            elif line:
+                ask(line, session, engine, config)
+        except UserError as error:
+            say(str(error))
+    if session.messages:
+        say(f"go on with: babl chat {session.model} --resume {session.id}")
+    return 0
+
+
+def ask(question: str, session: Session, engine: Engine, config: GenerationConfig) -> None:
+    """The question and the answer, whole or stopped, are in the conversation's file."""
+    session.say("user", question)
+    most = engine.model.context_length and engine.model.context_length - min(
+        config.max_new_tokens, engine.model.context_length // 2
+    )
+    try:
+        prompt, dropped = session.prompt(engine.tokenizer, engine.style, most)
+        if dropped:
+            say(f"({dropped} earlier messages no longer fit the model's context of {engine.model.context_length})")
+        session.save()
+        with stopped_by_ctrl_c() as stop:
+            stream = engine.stream(prompt, cancelled=stop.is_set, **asdict(config))
+            for piece in stream:
+                print(piece, end="", flush=True)
+    except UserError:
+        session.messages.pop()  # nobody answered it
+        raise
+    print()
+    answer = stream.answer
+    if not answer.complete:
+        why = {"length": f"--max-new-tokens {config.max_new_tokens} reached", "context": "the model's context is full"}
+        say(f"({why.get(answer.finish, 'stopped')})")
+    text = answer.text if engine.tokenizer.chat_template else clean_answer(answer.text)
+    session.say("assistant", text)
+    session.save()
+
+
+def command(line: str, session: Session, engine: Engine, device: str, dtype: str) -> Engine:
+    """Returns the engine to go on with, once the command is done.
+
+    Raises:
+        UserError: There is no such command, or its argument is not usable.
+    """
+    name, _, argument = line.partition(" ")
+    argument = argument.strip()
+    if name not in COMMANDS:
+        raise UserError(f"{name}: no such command{did_you_mean(name, COMMANDS)} (/help lists them)")
+    if name == "/help":
+        for known, text in COMMANDS.items():
+            say(f"{known} {text}")
+    elif name == "/context":
+        session.context = read(argument[1:]) if argument.startswith("@") else argument
+        tokens = len(engine.tokenizer.encode(session.context))
+        say(f"context of {tokens} tokens" if session.context else "no context")
+    elif name == "/system":
+        session.system = argument
+        unheard = "" if engine.tokenizer.chat_template or not argument else " (this base model has no place for it)"
+        say(f"system: {argument or 'none'}{unheard}")
+    elif name == "/model":
+        if argument:
+            engine = Engine.load(argument, device, dtype)
+            session.model = argument
+        say(session.model)
+    elif name == "/save":
+        say(f"kept in {session.save()}")
+        if argument:
+            try:
+                Path(argument).write_text(session.markdown(), encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"{argument} cannot be written ({error.strerror})") from None
+            say(f"written to {argument}")
+    return engine
+
+
+def read(file: str) -> str:
+    """Returns a file's text."""
+    try:
+        return Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({error})") from None
+
+
+def say(text: str) -> None:
+    """What the program says itself stands on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def stopped_by_ctrl_c() -> Iterator[threading.Event]:
+    """Yields an event that Ctrl-C sets, in place of interrupting the program."""
+    event = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

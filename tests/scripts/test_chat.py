@@ -103,6 +103,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat, model, home):
     child.expect(r".{100}")
     child.sendintr()
     child.expect(r"\(stopped\)")
+    child.expect("> ")  # before that the line is not yet read key by key, and Ctrl-D would be lost
     child.sendeof()
     child.expect(pexpect.EOF)
     child.wait()

@@ -63,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--context", default="gold", metavar="ARM", help="what the model sees: gold (default) or none")
     sub.add_argument("--out", type=Path, metavar="DIR", help="write predictions.json and metrics.json there")
     sub.add_argument("--limit", type=int, metavar="N", help="the first N questions only")
-    sub.add_argument("--max-source-tokens", type=int, default=512, metavar="N")
-    sub.add_argument("--stride", type=int, default=128, metavar="N", help="tokens neighbouring windows share")
+    sub.add_argument("--max-source-tokens", type=int, metavar="N", help="longest prompt (default 512, or what fits)")
+    sub.add_argument("--stride", type=int, metavar="N", help="tokens neighbouring windows share (default a quarter)")
     sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     _add_device(sub)
     sub.add_argument("--json", action="store_true")
@@ -185,10 +185,18 @@ def evaluate(args: argparse.Namespace) -> None:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out: {args.out} cannot be written ({error.strerror})") from None
-    result = run(engine, examples, args.context, args.max_source_tokens, args.stride, args.max_new_tokens)
+    longest = args.max_source_tokens
+    longest = _longest_prompt(engine, args.max_new_tokens) if longest is None else longest
+    stride = longest // 4 if args.stride is None else args.stride
+    result = run(engine, examples, args.context, longest, stride, args.max_new_tokens)
     if args.out:
         result.save(args.out)
     _show(result.metrics, args.json)
+
+
+def _longest_prompt(engine: Any, max_new_tokens: int) -> int:
+    """Returns how many tokens of a question and its context are read at once."""
+    return min(512, engine.prompt_limit(max_new_tokens) or 512)
 
 
 def score(args: argparse.Namespace) -> None:
@@ -222,7 +230,8 @@ def query(args: argparse.Namespace) -> None:
     engine = Engine.load(args.model, args.device, args.dtype)
     example = Example("query", "", args.question, context or "", ())
     arm: Arm = "none" if context is None else "gold"
-    prompts = make_prompts([example], arm, engine.tokenizer, 512, 128, engine.style)
+    longest = _longest_prompt(engine, args.max_new_tokens)
+    prompts = make_prompts([example], arm, engine.tokenizer, longest, longest // 4, engine.style)
     config = GenerationConfig(args.max_new_tokens, prompt_lookup_num_tokens=LOOKUP_TOKENS)
     best = max(engine.answer([p.text for p in prompts], config), key=lambda answer: answer.log_prob)
     if args.json:

@@ -61,10 +61,8 @@ def run(session: Session, config: GenerationConfig, device: str, dtype: str) -> 
 def ask(question: str, session: Session, engine: Engine, config: GenerationConfig) -> None:
     """The question and the answer, whole or stopped, are in the conversation's file."""
     session.say("user", question)
-    most = engine.model.context_length and engine.model.context_length - min(
-        config.max_new_tokens, engine.model.context_length // 2
-    )
     try:
+        most = engine.prompt_limit(config.max_new_tokens)
         prompt, dropped = session.prompt(engine.tokenizer, engine.style, most)
         if dropped:
             say(f"({dropped} earlier messages no longer fit the model's context of {engine.model.context_length})")

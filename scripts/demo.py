@@ -26,11 +26,10 @@ from babl.errors import UserError
 from babl.evaluation.report import write_report
 from babl.evaluation.runner import evaluate
 from babl.generation import Engine
-from babl.models import from_pretrained
 from babl.models.build import ModelConfig
 from babl.models.weights import FAMILIES, Family
 from babl.scripts.train import BatchConfig, LoopConfig, RunConfig, TrainConfig
-from babl.text import load_tokenizer, train_tokenizer
+from babl.text import train_tokenizer
 from babl.text.prompts import Style, qa_prompt
 from babl.training.optimizer import OptimConfig
 
@@ -92,7 +91,7 @@ def run(out: Path, family: Family, minutes: float, seed: int) -> int:
     for arm, seconds in trained.items():
         folder = out / f"model-{arm}"
         shutil.copytree(out / arm / "checkpoints" / "latest", folder)
-        result = evaluate(Engine(from_pretrained(folder), load_tokenizer(folder)), dev, arm, MAX_SOURCE, STRIDE, 16)
+        result = evaluate(Engine.load(folder), dev, arm, MAX_SOURCE, STRIDE, 16)
         result.save(out / f"answers-{arm}")
         lines = [json.loads(line) for line in (out / arm / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         losses[arm] = [line["loss"] for line in lines if "loss" in line]

@@ -22,8 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from babl.config import at_least, load_config, save_config
-from babl.data.collate import Batch, Feature, check_context, collate, collate_causal, make_features
-from babl.data.contexts import Arm, context_for
+from babl.data.collate import Batch, Feature, check_context, collate, collate_causal, make_features, make_prompts
 from babl.data.loader import Loader, dropout_keys, plan_epoch
 from babl.data.sets import DataConfig, load_sets
 from babl.data.squad import Example
@@ -187,7 +186,7 @@ def train(cfg: TrainConfig) -> Path:
                 if log:
                     log.write(step, validation_loss=val_loss)
                     say(f"step {step}: validation loss {val_loss:.4f}")
-                    show_answers(Engine(model, tokenizer), validation_set[:3], cfg.data.context, say)
+                    show_answers(Engine(model, tokenizer), validation_set[:3], window, say)
             if last or (cfg.train.save_every and step % cfg.train.save_every == 0):
                 save()
             if log:
@@ -230,10 +229,11 @@ def validate(model: nn.Module, features: list[Feature], make_batch: Callable, to
     return total / targets
 
 
-def show_answers(engine: Engine, examples: list[Example], arm: Arm, say: Callable) -> None:
-    """A few answers stand beside what they should be."""
-    answers = engine.generate([qa_prompt(e.question, context_for(e, arm), engine.style) for e in examples])
-    for example, answer in zip(examples, answers, strict=True):
+def show_answers(engine: Engine, examples: list[Example], window: tuple, say: Callable) -> None:
+    """A few answers stand beside what they should be; of a context too long for the model, one for each window."""
+    prompts = make_prompts(examples, *window)
+    for prompt, answer in zip(prompts, engine.generate([prompt.text for prompt in prompts]), strict=True):
+        example = examples[prompt.example]
         say(f"  {example.question}  ->  {answer!r}, should be {[a.text for a in example.answers]}")
 
 

@@ -52,6 +52,92 @@ def test_query_answers_with_and_without_context(capsys, model, tmp_path):
         assert 0 <= json.loads(out)["probability"] <= 1
 
 
+STORY = (
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a "
+    "big, red ball. She wanted to play with it, but it was too high.\nLily's mom said,"
+)
+
+
+def test_generate_writes_the_documented_story(capsys, shared):
+    folder = shared / "checkpoints" / "stories260K"
+    code, out, err = babl(capsys, "generate", folder, "", "--max-new-tokens", 130)
+    assert code == 0 and out.startswith(STORY)
+    assert err == "babl generate: ended at --max-new-tokens 130\n", "a limit is said, and not on stdout"
+    code, out, _ = babl(capsys, "generate", folder, "", "--max-new-tokens", 130, "--json")
+    answer = json.loads(out)
+    assert answer["text"].startswith(STORY) and (answer["finish"], len(answer["ids"])) == ("length", 130)
+    drawn = [babl(capsys, "generate", folder, "One", "--temperature", 1, "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    code, out, _ = babl(capsys, "generate", folder, "Once", "--stop", ".", "--num-beams", 2)
+    assert code == 0 and "." not in out
+
+
+def test_long_contexts_are_read_through_windows_that_fit_the_model(capsys, shared):
+    folder = shared / "checkpoints" / "stories260K"  # 512 positions
+    context = "Lily saw a big ball. " * 200
+    code, out, _ = babl(capsys, "query", folder, "What did Lily see?", "--context", context, "--json")
+    assert code == 0 and json.loads(out)["windows"] > 3
+    code, _, err = babl(capsys, "generate", folder, context)
+    assert code == 2 and "expected fewer than the model's context, 512" in err
+
+
+@pytest.fixture(scope="module")
+def family_folders(tmp_path_factory):
+    """A folder with an untrained model of each family, and one that is none."""
+    folder = tmp_path_factory.mktemp("models")
+    shapes = {
+        "t5": {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_decoder_layers": 1},
+        "llama": {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1},
+        "bloom": {"hidden_size": 64, "n_layer": 1},
+    }
+    for family, shape in shapes.items():
+        train_tokenizer(["Question: who Answer: somebody"], 300, folder / family)
+        save_pretrained(build_model(ModelConfig(family=family, shape=shape), folder / family, 0)[0], folder / family)
+    (folder / "other").mkdir()
+    (folder / "other" / "config.json").write_text('{"model_type": "gpt2"}')
+    return folder
+
+
+def test_models_lists_what_is_there_and_whether_it_fits(capsys, family_folders, monkeypatch):
+    code, out, _ = babl(capsys, "models", "--models", family_folders, "--json")
+    rows = {row["model"].split("/")[-1]: row for row in json.loads(out)}
+    assert code == 0 and rows.keys() == {"t5", "llama", "bloom", "other"}
+    for family in ("t5", "llama", "bloom"):
+        row = rows[family]
+        assert (row["family"], row["dtypes"], row["fits"]) == (family, "F32", True)
+        assert 4 * row["parameters"] < row["bytes"]
+    assert rows["llama"]["context"] == 2048
+    assert "model_type is 'gpt2'" in rows["other"]["unusable"]
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 1000}))
+    _, out, _ = babl(capsys, "models", "--models", family_folders)
+    assert out.count("does not fit") == 3 and "context 2048" in out and "unusable: " in out
+    code, _, err = babl(capsys, "models", "--models", family_folders / "absent")
+    assert code == 2 and "absent is no folder; `babl pull` makes one" in err
+
+
+@pytest.mark.parametrize("family", ["t5", "llama", "bloom"])
+def test_export_leaves_the_model_alone_in_a_folder(capsys, family_folders, tmp_path, family):
+    import transformers
+
+    code, out, _ = babl(capsys, "export", family_folders / family, tmp_path / "half", "--dtype", "bfloat16")
+    assert (code, out.strip()) == (0, str(tmp_path / "half"))
+    _, info = transformers.AutoModel.from_pretrained(tmp_path / "half", output_loading_info=True)
+    assert not info["missing_keys"]
+    facts = json.loads(babl(capsys, "info", tmp_path / "half", "--json")[1])
+    assert (facts["family"], facts["dtypes"], facts["whole"]) == (family, "BF16", "yes")
+    code, _, err = babl(capsys, "export", family_folders / family, tmp_path / "half")
+    assert code == 2 and "half is there already; remove it, or choose another folder" in err
+
+
+def test_export_refuses_a_damaged_checkpoint(capsys, family_folders, tmp_path):
+    babl(capsys, "export", family_folders / "t5", tmp_path / "a")
+    weights = tmp_path / "a" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    code, _, err = babl(capsys, "export", tmp_path / "a", tmp_path / "b")
+    assert code == 2 and "model.safetensors is not what was written" in err
+    assert not (tmp_path / "b").exists()
+
+
 def test_info_and_doctor_describe(capsys, model):
     assert json.loads(babl(capsys, "info", model, "--json")[1])["family"] == "t5"
     assert "torch" in json.loads(babl(capsys, "doctor", "--json")[1])
@@ -80,6 +166,11 @@ def test_missing_predictions_must_be_allowed_aloud(capsys, data, tmp_path):
         (["query", "MODEL", "q", "--context-file", "absent.txt"], "--context-file: absent.txt cannot be read"),
         (["train", "absent.toml"], "absent.toml: no such configuration file"),
         (["demo", "--minutes", "0"], "--minutes is 0, expected at least 1"),
+        (["generate", "MODEL", "x", "--max-new-tokens", "0"], "max_new_tokens is 0, expected at least 1"),
+        (["generate", "MODEL", "x", "--top-p", "0"], "top_p is 0.0, expected more than 0"),
+        (["generate", "MODEL", "x", "--device", "mps"], "--device is 'mps', but torch finds"),
+        (["chat", "MODEL", "--resume", "absent"], "--resume: no conversation 'absent' in"),
+        (["info", "absent"], "absent: no such model folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_two(capsys, model, data, arguments, message):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from babl.errors import UserError
 from babl.generation.beam import beam_search
 from babl.generation.graph import GraphedStep
+from babl.generation.packed import pack
 from babl.generation.reuse import draft, shared_prefixes
 from babl.generation.sampling import GenerationConfig, choose
 from babl.models import from_pretrained
@@ -170,7 +171,18 @@ class Engine:
         if dtype == "auto":
             halves = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = "bfloat16" if halves else "float32"
-        return cls(from_pretrained(folder, getattr(torch, dtype), device), load_tokenizer(folder))
+        model = from_pretrained(folder, getattr(torch, dtype), device)
+        pack(model)
+        return cls(model, load_tokenizer(folder))
+
+    def prompt_limit(self, max_new_tokens: int) -> int | None:
+        """Returns the most tokens of a prompt that leave room for an answer, at least half the context; None for any.
+
+        Args:
+            max_new_tokens: Of the answer.
+        """
+        context = self.model.context_length
+        return None if context is None else context - min(max_new_tokens, context // 2)
 
     def generate(self, prompts: Sequence[Prompt], **settings: object) -> list[str]:
         """Returns the text written for each prompt, in order.

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from babl.errors import UserError, did_you_mean
 from babl.models import bloom, llama, t5
@@ -63,6 +64,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+class _WithoutInitialValues(TorchFunctionMode):
+    """Within it parameters are not drawn, which on the meta device would cost a second and 70 MB of imports."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def blank_model(config: Any) -> Model:
+    """Returns the model of a family's config, whose parameters have shapes but neither values nor memory."""
+    with torch.device("meta"), _WithoutInitialValues():
+        return FAMILIES[config.model_type].model(config)
+
+
 def from_pretrained(
     folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Model:
@@ -87,10 +103,9 @@ def from_pretrained(
             raise UserError(f"{folder / 'config.json'}: {error} is absent or not usable") from None
         except UserError as error:
             raise UserError(f"{folder / 'config.json'}: {error}") from None
-        with torch.device("meta"):
-            model = family.model(config)
+        model = blank_model(config)
         keys = _checked_keys(model, folder, found)
-        state = {name: found[key].get_tensor(key).to(device, dtype) for name, key in keys.items()}
+    state = {name: tensor.to(device, dtype) for name, tensor in _read(folder, keys)}
     model.load_state_dict(state, strict=False, assign=True)  # not strict: a tied head has a name, but no tensor
     model.tie_weights()
     return model.eval()
@@ -106,6 +121,19 @@ def read_weights(model: Model, folder: Path) -> None:
     with _tensors(folder) as found:
         for name, key in _checked_keys(model, folder, found).items():
             model.get_parameter(name).copy_(found[key].get_tensor(key))
+
+
+def _read(folder: Path, keys: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensor of each key under its name, mapped rather than copied.
+
+    Each has a mapping of its own: of what is converted, packed or sent to a GPU, no page stays behind in memory.
+    """
+    for path in _weight_files(folder):
+        with _open(path) as file:
+            here = file.keys()
+        for name in (name for name, key in keys.items() if key in here):
+            with _open(path) as file:
+                yield name, file.get_tensor(keys[name])
 
 
 @contextmanager

@@ -3,10 +3,22 @@ import itertools
 import pytest
 import torch
 
-from babl.data.collate import IGNORE, Feature, collate, make_features, make_prompts
-from babl.data.squad import Answer, Example
+from babl.data.collate import (
+    IGNORE,
+    CausalFeature,
+    Feature,
+    check_context,
+    collate,
+    collate_causal,
+    make_features,
+    make_prompts,
+)
+from babl.data.squad import Answer, Example, load_squad
 from babl.errors import UserError
-from babl.text import train_tokenizer
+from babl.generation import Engine
+from babl.models.llama import Llama, LlamaConfig
+from babl.models.t5 import T5, T5Config
+from babl.text import load_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +49,45 @@ def test_a_batch_shifts_targets_and_ends_them_with_eos():
 def test_no_example_gives_a_blank_row_without_targets():
     batch = collate([], pad_id=0, start_id=0, keys=[])
     assert batch.targets == 0 and batch.inputs["input_ids"].shape == torch.Size([1, 1])
+
+
+def test_a_decoder_reads_prompt_and_answer_as_one_and_only_the_answer_is_a_target():
+    eos = pad = 1  # where padding is EOS, the EOS to be learned must stay a target
+    batch = collate_causal([CausalFeature("a", [5, 6], [7, 8, eos]), CausalFeature("b", [5], [9, eos])], pad, [1, 2])
+    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8], [5, 9, pad, pad]]
+    assert batch.labels.tolist() == [[IGNORE, 7, 8, eos], [9, eos, IGNORE, IGNORE]]
+    assert torch.equal(batch.inputs["logits_at"], batch.labels != IGNORE), "the head runs on labelled rows alone"
+    assert (batch.targets, batch.tokens, batch.padded) == (5, 6, 8)
+    blank = collate_causal([], pad, [])
+    assert blank.targets == 0 and blank.inputs["input_ids"].shape == torch.Size([1, 1])
+
+
+def test_an_example_longer_than_the_context_is_an_error():
+    features = [CausalFeature("a", [5] * 10, [7, 1])]
+    check_context(features, 11)
+    check_context(features, None)
+    with pytest.raises(UserError, match="example a has 11 tokens with its answer, but the model's context is 10"):
+        check_context(features, 10)
+
+
+@pytest.mark.parametrize("name", ["tokenizers/t5", "tokenizers/llama", "checkpoints/stories260K"])
+def test_what_is_asked_begins_as_what_was_learned_on_the_whole_corpus(shared, name):
+    tokenizer = load_tokenizer(shared / name)
+    shape = {"num_layers": 1} if name.endswith("t5") else {"num_hidden_layers": 1}
+    with torch.device("meta"):
+        model = T5(T5Config(**shape)) if name.endswith("t5") else Llama(LlamaConfig(**shape))
+    engine = Engine(model, tokenizer)
+    files = [shared / "data/squad" / f"{name}.json" for name in ("train-v1.1-slice", "dev-v1.1-xquad-en")]
+    examples = [example for file in files for example in load_squad(file)]
+    features, losses = make_features(examples, "gold", tokenizer, 10_000, 0, engine.style)
+    prompts = make_prompts(examples, "gold", tokenizer, 10_000, 0, engine.style)
+    assert len(features) == len(prompts) == len(examples) == 5560 and losses.windowed == 0
+    assert [feature.source for feature in features] == engine._encode([prompt.text for prompt in prompts])
+    assert all(feature.target[-1] == tokenizer.eos_id for feature in features)
+    if engine.style == "decoder":  # and prompt and answer are what one text would be, without a token across the seam
+        texts = [f"{p.text} {e.answers[0].text}" for p, e in zip(prompts, examples, strict=True)]
+        whole = [[*tokenizer.prefix_ids, *ids] for ids in tokenizer.encode_batch(texts)]
+        assert [feature.source + feature.target[:-1] for feature in features] == whole
 
 
 def test_windows_cover_the_context_overlap_and_keep_the_question(tokenizer):

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, T5ForConditionalGeneration
 
 from babl.data.collate import IGNORE, Feature, collate
 from babl.data.loader import dropout_keys
 from babl.errors import UserError
+from babl.models import from_pretrained
 from babl.models.t5 import T5, T5Config
 from babl.scripts.train import TrainConfig, main, train
 from babl.training.checkpoint import find_fault, newest_whole
@@ -151,6 +152,55 @@ def tiny_config(tmp_path, **train_keys):
     for name, value in train_keys.items():
         setattr(config.train, name, value)
     return config
+
+
+SHAPES = {
+    "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+}
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_decoders_learn_through_the_same_loop_and_resume_exactly(family, tmp_path):
+    config = tiny_config(tmp_path, steps=30, validate_every=10, save_every=10)
+    config.model.family, config.model.shape, config.optim.lr = family, SHAPES[family], 3e-3
+    whole = train(config)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    validation = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert validation == sorted(validation, reverse=True) and validation[-1] < validation[0] - 0.1
+    kept = {path.name: path.read_bytes() for path in whole.resolve().iterdir() if path.suffix == ".safetensors"}
+    shutil.rmtree(whole.resolve())
+    config.run.resume = True
+    assert {name: (train(config) / name).read_bytes() for name in kept} == kept
+    _, info = AutoModelForCausalLM.from_pretrained(whole, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_a_trained_checkpoint_is_fine_tuned_on_real_questions(shared, tmp_path):
+    """Windows that fit its context of 512, a loss that falls, a resume, and a folder for transformers."""
+
+    def tune(name, *overrides):
+        arguments = [
+            sys.executable, str(ROOT / "scripts/train.py"), str(ROOT / "configs/llama_squad.toml"),
+            f"run.dir={tmp_path}", f"run.name={name}", f"model.path={shared}/checkpoints/stories260K",
+            f"data.train={shared}/data/squad/train-v1.1-slice.json", "data.validation=", "data.context=none",
+            "batch.tokens=2048", "train.precision=fp32", "optim.lr=1e-3", "optim.warmup_steps=5", *overrides,
+        ]  # fmt: skip
+        done = subprocess.run(arguments, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [line["validation_loss"] for line in lines if "validation_loss" in line], done.stderr
+
+    (before,), _ = tune("before", "train.steps=1", "optim.lr=0.0")
+    first, _ = tune("tuned", "train.steps=20", "optim.schedule=constant")
+    both, said = tune("tuned", "train.steps=40", "optim.schedule=constant", "run.resume=true")
+    assert before - 1 > first[0] > both[1]
+    assert "resumed from" in said and "step_000020" in said
+    checkpoint = tmp_path / "tuned" / "checkpoints" / "latest"
+    theirs, info = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids = torch.tensor([[1, 300, 301]])
+    torch.testing.assert_close(from_pretrained(checkpoint)(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_bf16_adafactor_and_tensorboard_run(tmp_path):

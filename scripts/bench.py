@@ -1,0 +1,296 @@
+"""Measures Babl beside what else does the same work: `python scripts/bench.py generate | lookup | load`.
+
+    python scripts/bench.py generate --compile --out benchmarks/generate-cpu.json
+    python scripts/bench.py lookup MODEL DATA.json
+    python scripts/bench.py load
+
+What is compared runs in turn, A B A B, so that the moods of a machine fall on both; a ratio is the median over the
+turns. Tables are printed as Markdown; `--out` keeps every single figure, with machine and versions. `generate` compares
+with transformers, which the extra `dev` installs.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+
+from babl.data.collate import make_prompts
+from babl.data.squad import load_squad
+from babl.errors import UserError
+from babl.generation import Engine, GenerationConfig
+from babl.generation.packed import pack
+from babl.generation.sampling import LOOKUP_TOKENS
+from babl.models import from_pretrained, save_pretrained
+from babl.models.llama import Llama, LlamaConfig
+from babl.models.weights import describe
+
+WORK = {  # family: transformers' shape, prompt tokens, new tokens
+    "t5": (
+        {"d_model": 512, "d_ff": 2048, "d_kv": 64, "num_layers": 6, "num_decoder_layers": 6, "num_heads": 8},
+        200,
+        16,
+    ),
+    "llama": (
+        {
+            "hidden_size": 768,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 512,
+        },
+        64,
+        128,
+    ),
+    "bloom": ({"hidden_size": 512, "n_layer": 8, "n_head": 8}, 64, 64),
+}
+VOCABULARY = 32_000
+Run = Callable[[], list[tuple[int, ...]]]  # writes, and returns the ids of each row
+BATCHES = (1, 16)  # 1, or 16 prompts of a quarter of the length to the whole
+
+
+def generate(families: Sequence[str], repeats: int, compiled: bool) -> list[dict[str, Any]]:
+    """Returns a row for each family and batch size: seconds of greedy writing, here and by transformers.
+
+    Weights are random, of the shapes in `WORK`, the same for all; every token must be, too.
+
+    Raises:
+        RuntimeError: Somebody wrote another token.
+    """
+    rows = []
+    for family in families:
+        with tempfile.TemporaryDirectory() as folder:
+            reference = _random_model(family, Path(folder))
+            engine = Engine.load(folder)
+            _, longest, new = WORK[family]
+            for batch in BATCHES:
+                prompts = _prompts(engine, longest, batch)
+                rivals = _rivals(reference, engine, prompts, new, compiled)
+                runs: dict[str, Run] = {"babl": partial(_babl, engine, prompts, new), **rivals}
+                seconds = _in_turn(runs, repeats)
+                for row in _ratios(seconds, "babl"):
+                    rows.append({"model": family, "batch": batch, "prompt": longest, "new": new} | row)
+    return rows
+
+
+def _babl(engine: Engine, prompts: list[list[int]], new: int) -> list[tuple[int, ...]]:
+    config = GenerationConfig(max_new_tokens=new, prompt_lookup_num_tokens=LOOKUP_TOKENS)
+    return [answer.ids for answer in engine.answer(prompts, config)]
+
+
+def _random_model(family: str, folder: Path) -> Any:
+    """Returns transformers' model; the folder holds the same one, and a tokenizer of as many ids."""
+    import transformers
+
+    torch.manual_seed(0)
+    config, model = {
+        "t5": (transformers.T5Config, transformers.T5ForConditionalGeneration),
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "bloom": (transformers.BloomConfig, transformers.BloomForCausalLM),
+    }[family]
+    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    special |= {"decoder_start_token_id": 0} if family == "t5" else {}
+    reference = model(config(vocab_size=VOCABULARY, **special, **WORK[family][0])).eval()
+    reference.save_pretrained(folder)
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3")
+    tokenizers.Tokenizer(words).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"pad_token": "w0", "eos_token": "w1"}')
+    return reference
+
+
+def _prompts(engine: Engine, longest: int, batch: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = [longest * (batch + 3 * i) // (4 * batch - 3) if batch > 1 else longest for i in range(batch)]
+    end = [engine.tokenizer.eos_id] if engine.model.is_encoder_decoder else []
+    draw = lambda n: torch.randint(4, VOCABULARY, (n - len(end),), generator=generator).tolist()  # noqa: E731
+    return [draw(length) + end for length in lengths]
+
+
+def _rivals(reference: Any, engine: Engine, prompts: list[list[int]], new: int, compiled: bool) -> dict[str, Run]:
+    """Returns ways in which transformers writes the same, by name; those it cannot go are said on stderr."""
+    width = max(map(len, prompts))
+    after = engine.model.is_encoder_decoder  # where the padding stands
+    pads = [[0] * (width - len(prompt)) for prompt in prompts]
+    ids = torch.tensor([p + pad if after else pad + p for p, pad in zip(prompts, pads, strict=True)])
+    ones = [[1] * len(prompt) for prompt in prompts]
+    mask = torch.tensor([one + pad if after else pad + one for one, pad in zip(ones, pads, strict=True)])
+    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
+    ways: dict[str, dict[str, Any]] = {
+        "transformers": {},
+        "transformers, static cache": {"cache_implementation": "static", "disable_compile": True},
+    }
+    if compiled:
+        ways["transformers, static cache, compiled"] = {"cache_implementation": "static"}
+    plain, fast = reference.forward, torch.compile(reference.forward, dynamic=False)
+
+    def run(name: str) -> list[tuple[int, ...]]:
+        reference.forward = fast if name.endswith("compiled") else plain
+        with torch.no_grad():
+            out = reference.generate(ids, **settings, **ways[name])
+        return [tuple(row) for row in out[:, 1 if after else width :].tolist()]
+
+    possible: dict[str, Run] = {}
+    for name in ways:
+        try:
+            run(name)
+            possible[name] = partial(run, name)
+        except Exception as error:  # whatever transformers raises for a model it cannot serve in this way
+            print(f"{name}: not possible ({str(error).splitlines()[0][:120]})", file=sys.stderr)
+    return possible
+
+
+def _in_turn(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
+    """Returns the seconds of each run, repeated in turn; all must give the same."""
+    results = {name: run() for name, run in runs.items()}  # the first time is not counted
+    first = next(iter(results.values()))
+    different = [name for name, result in results.items() if result != first]
+    if different:
+        raise RuntimeError(f"{different[0]} wrote other tokens")
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            begun = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def _ratios(seconds: dict[str, list[float]], ours: str) -> Iterable[dict[str, Any]]:
+    for name, times in seconds.items():
+        ratio = statistics.median(b / a for a, b in zip(seconds[ours], times, strict=True))
+        yield {"by": name, "seconds": statistics.median(times), "ratio": ratio, "all_seconds": times}
+
+
+def lookup(model: str, data: str, limit: int | None) -> list[dict[str, Any]]:
+    """Returns one row: what prompt lookup saves where questions are asked one by one, and what it changes."""
+    engine = Engine.load(model)
+    plain, looked = GenerationConfig(64), GenerationConfig(64, prompt_lookup_num_tokens=LOOKUP_TOKENS)
+    longest = min(512, engine.prompt_limit(plain.max_new_tokens) or 512)
+    prompts = make_prompts(load_squad(data)[:limit], "gold", engine.tokenizer, longest, longest // 4, engine.style)
+    same, tokens, steps, seconds = 0, 0, [0, 0], [0.0, 0.0]
+    for prompt in prompts:
+        answers = []
+        for i, config in enumerate((plain, looked)):
+            begun = time.perf_counter()
+            (answer,) = engine.answer([prompt.text], config)
+            seconds[i] += time.perf_counter() - begun
+            steps[i] += answer.steps
+            answers.append(answer)
+        same += answers[0].ids == answers[1].ids
+        tokens += len(answers[0].ids)
+    return [
+        {
+            "model": model,
+            "prompts": len(prompts),
+            "identical": same,
+            "tokens": tokens,
+            "steps": steps[0],
+            "steps with lookup": steps[1],
+            "fewer": steps[0] / steps[1],
+            "seconds": seconds[0],
+            "seconds with lookup": seconds[1],
+        }
+    ]
+
+
+def load(mebibytes: int) -> list[dict[str, Any]]:
+    """Returns a row for each way to load a LLaMA of that size: memory taken above the interpreter with torch in it."""
+    layers = max(1, round((mebibytes - 250) / 49))
+    config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_hidden_layers=layers)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in ("float32", "bfloat16"):
+            path = Path(folder) / dtype
+            save_pretrained(Llama(config).to(getattr(torch, dtype)), path)
+            weights = 4 * describe(path)["parameters"] / 2**20
+            for packed in (False, True):
+                with multiprocessing.get_context("spawn").Pool(1) as fresh:
+                    peak, seconds = fresh.apply(_load_once, (path, packed))
+                row = {"folder": dtype, "packed": packed, "weights MiB": weights, "peak MiB": peak}
+                rows.append(row | {"ratio": peak / weights, "seconds": seconds})
+    return rows
+
+
+def _load_once(folder: Path, packed: bool) -> tuple[float, float]:
+    """Returns the most MiB held on top of what was held before, and seconds."""
+    before, begun = _status("VmRSS"), time.perf_counter()
+    model = from_pretrained(folder)
+    if packed:
+        pack(model)
+    seconds = time.perf_counter() - begun
+    for parameter in model.parameters():
+        parameter.sum()  # what is mapped counts once it is read
+    return _status("VmHWM") - before, seconds
+
+
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table a command line asks for; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0] if __doc__ else None)
+    jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB")
+    job = jobs.add_parser("generate", help="greedy writing beside transformers")
+    job.add_argument("--family", action="append", choices=WORK, help="one only; may be repeated")
+    job.add_argument("--repeats", type=int, default=5, metavar="N")
+    job.add_argument("--compile", action="store_true", help="let transformers compile its step, too (minutes)")
+    job.set_defaults(run=lambda a: generate(a.family or list(WORK), a.repeats, a.compile))
+    job = jobs.add_parser("lookup", help="steps and seconds of answers with and without prompt lookup")
+    job.add_argument("model", metavar="MODEL")
+    job.add_argument("data", metavar="DATA.json")
+    job.add_argument("--limit", type=int, metavar="N", help="the first N questions only")
+    job.set_defaults(run=lambda a: lookup(a.model, a.data, a.limit))
+    job = jobs.add_parser("load", help="memory taken by loading a model")
+    job.add_argument("--mebibytes", type=int, default=1024, metavar="N", help="of weights in fp32 (default 1024)")
+    job.set_defaults(run=lambda a: load(a.mebibytes))
+    for job in jobs.choices.values():
+        job.add_argument("--out", type=Path, metavar="FILE.json", help="keep every figure there")
+    args = parser.parse_args(argv)
+    try:
+        rows = args.run(args)
+    except UserError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    print(_markdown(rows))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"machine": _machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    shown = [{key: value for key, value in row.items() if not isinstance(value, list)} for row in rows]
+    lines = [list(shown[0]), ["---"] * len(shown[0])]
+    lines += [[f"{v:,.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in shown]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _machine() -> dict[str, Any]:
+    packages = ("torch", "transformers", "tokenizers", "safetensors")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    facts = {"cpu": cpu.split(":")[1].strip(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return (
+        facts
+        | {"isa": torch.backends.cpu.get_cpu_capability(), "gpu": gpu, "python": platform.python_version()}
+        | versions
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,12 +13,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_commands_marked_as_tested_run(tmp_path):
-    (block,) = re.findall(r"<!-- tested:.*?-->\n```sh\n(.*?)```", README, flags=re.DOTALL)
+    blocks = re.findall(r"<!-- tested:.*?-->\n```sh\n(.*?)```", README, flags=re.DOTALL)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    for line in block.splitlines():
+    for line in "".join(blocks).splitlines():
         result = subprocess.run(shlex.split(line), cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, f"{line}\n{result.stderr[-2000:]}"
+    for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
 
 
 def test_every_file_and_folder_it_names_is_there():

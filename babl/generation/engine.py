@@ -28,6 +28,7 @@ from babl.text.prompts import Style, continuation_ids, prompt_ids
 
 Prompt = str | Sequence[int]  # a text, or the ids the model is to read as they are
 Finish = Literal["eos", "stop", "length", "context", "cancelled"]
+ROUNDING = 1e-5  # how far logits computed in another way may lie apart, relative to the largest
 BATCH_TOKENS = 16_384  # prompt tokens computed together, padding included
 
 
@@ -135,6 +136,12 @@ def _unsafe(text: str, stop_strings: Sequence[str]) -> int:
     longest = max((len(stop) - 1 for stop in stop_strings), default=0)
     tails = range(min(longest, len(text)), 0, -1)
     return next((n for n in tails if any(stop.startswith(text[-n:]) for stop in stop_strings)), 0)
+
+
+def _close(logits: Tensor) -> Tensor:
+    """Returns, (...) bool, whether rounding could make another token the likeliest of logits (..., V)."""
+    first, second = logits.topk(2).values.unbind(-1)
+    return first - second < ROUNDING * logits.abs().amax(-1)
 
 
 class Engine:
@@ -324,7 +331,7 @@ class Engine:
         logits = self._logits(state)[:, None]  # (B, 1, V)
         drafts: list[list[int]] = [[] for _ in rows]
         while True:
-            self._accept(rows, drafts, logits)
+            tied = self._accept(rows, drafts, logits)
             if cancelled is not None and cancelled():
                 for row in rows:
                     row.finish = row.finish or "cancelled"
@@ -338,15 +345,22 @@ class Engine:
             if len(kept) < len(rows):
                 rows = [rows[i] for i in kept]
                 cache.keep_rows(torch.tensor(kept, device=self.device))
-            drafts = [self._draft(row) for row in rows]
+            drafts = [[] if tied else self._draft(row) for row in rows]
             fed = [[row.ids[-1], *tokens] for row, tokens in zip(rows, drafts, strict=True)]
             logits = step(self._padded(fed), cache)  # (B, n, V)
 
-    def _accept(self, rows: list[_Row], drafts: list[list[int]], logits: Tensor) -> None:
-        """Each row writes the tokens of its draft that it would have written, and the one after; logits (B, n, V)."""
+    def _accept(self, rows: list[_Row], drafts: list[list[int]], logits: Tensor) -> bool:
+        """Each row writes the tokens of its draft that it would have written, and the one after; logits (B, n, V).
+
+        Returns whether a row stopped short of a choice too close to be made among several tokens, whose logits are
+        rounded otherwise than a single one's; the next step must have no drafts.
+        """
+        several = logits.shape[1] > 1
         best = logits.max(-1)  # (B, n)
         likeliest = best.indices.tolist()
         log_probs = (best.values - logits.logsumexp(-1)).tolist()
+        close = _close(logits).tolist() if several else None
+        tied = False
         for b, (row, tokens) in enumerate(zip(rows, drafts, strict=True)):
             row.steps += 1
             if not row.config.greedy:
@@ -354,9 +368,13 @@ class Engine:
                 row.write(token, float(logits[b, 0].log_softmax(-1)[token]), self.tokenizer.stop_ids)
                 continue
             for place in range(len(tokens) + 1):
+                if close and close[b][place]:
+                    tied = True
+                    break
                 row.write(likeliest[b][place], log_probs[b][place], self.tokenizer.stop_ids)
                 if row.finish or place == len(tokens) or tokens[place] != likeliest[b][place]:
                     break
+        return tied
 
     def _draft(self, row: _Row) -> list[int]:
         number = min(row.config.prompt_lookup_num_tokens, row.limit - len(row.ids) - 1)

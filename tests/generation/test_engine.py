@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from babl.data.collate import make_prompts
+from babl.data.squad import load_squad
 from babl.errors import UserError
 from babl.generation import Engine, GenerationConfig
 from babl.models import from_pretrained
@@ -63,6 +65,28 @@ def test_what_is_looked_up_is_what_would_have_been_written(engine):
     for a, b in zip(looked, plain, strict=True):
         assert a.log_prob == pytest.approx(b.log_prob, abs=1e-3)
         assert b.steps == len(b.ids)
+
+
+@pytest.mark.slow
+def test_lookup_changes_no_answer_to_1190_real_questions(engine, shared):
+    plain, looked = answers_to_real_questions(engine, "none", shared)
+    assert [a.ids for a in looked] == [a.ids for a in plain]
+
+
+@pytest.mark.slow
+def test_lookup_changes_no_answer_of_a_trained_model_and_saves_steps(stories, shared):
+    plain, looked = answers_to_real_questions(stories, "gold", shared)
+    assert [a.ids for a in looked] == [a.ids for a in plain]
+    assert sum(a.steps for a in looked) < sum(a.steps for a in plain)
+
+
+def answers_to_real_questions(engine, arm, shared):
+    """Returns the answers without and with prompt lookup."""
+    examples = load_squad(shared / "data/squad/dev-v1.1-xquad-en.json")
+    texts = [p.text for p in make_prompts(examples, arm, engine.tokenizer, 440, 20, engine.style)]
+    assert len(texts) >= len(examples) == 1190
+    configs = [GenerationConfig(max_new_tokens=12, prompt_lookup_num_tokens=n) for n in (0, 6)]
+    return [engine.answer(texts, config) for config in configs]
 
 
 def test_right_drafts_save_steps(stories):

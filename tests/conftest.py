@@ -37,7 +37,9 @@ def run_distributed():
             command = [*worker, inspect.getsourcefile(fn), fn.__name__, folder]
             ranks, logs = [], [Path(folder) / f"{rank}.log" for rank in range(world)]
             for rank, log in enumerate(logs):
-                environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+                environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world)}
+                if world > 1:  # as torchrun does
+                    environment["LOCAL_RANK"] = str(rank)
                 with log.open("w") as file:
                     ranks.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
             try:

@@ -4,8 +4,9 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,10 @@ class Zero:
         # DeepSpeed rounds the model to bf16 and makes its fp32 master weights of that.
         exact = {n: p.detach().clone() for n, p in model.named_parameters()} if self.bf16 and not waits else {}
         try:
-            self.engine, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=self.settings, dist_init_required=False
-            )
+            with redirect_stdout(sys.stderr):  # results alone go to stdout
+                self.engine, *_ = deepspeed.initialize(
+                    model=model, optimizer=optimizer, config=self.settings, dist_init_required=False
+                )
         except ValueError as error:  # of its own check of the settings
             if not self.cfg.deepspeed:
                 raise
@@ -236,15 +238,18 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any], file: str, prefix: str
 
 
 def _deepspeed(backend: str, device: torch.device) -> Any:
+    os.environ.setdefault("LOCAL_RANK", "0")  # which it asks for even where torchrun started nothing
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
-        import deepspeed
+        with redirect_stdout(sys.stderr):
+            import deepspeed
     except ImportError:
         raise UserError(
             f'distributed.backend is "{backend}", but deepspeed is not installed: pip install deepspeed'
         ) from None
     for handler in logging.getLogger("DeepSpeed").handlers:
         if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)  # results alone go to stdout
+            handler.setStream(sys.stderr)
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # in its own calls
     return deepspeed

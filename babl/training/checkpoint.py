@@ -121,6 +121,11 @@ class Checkpoints:
         target, main, ranks = self.folder / checkpoint_name(step), self.world.is_main, self.world.size
         aside = _aside(target)
 
+        def begin() -> None:
+            for stale in self.folder.glob(".step_*.tmp"):  # what crashes have left
+                shutil.rmtree(stale, ignore_errors=True)
+            _begin(target)
+
         def files() -> dict[str, dict[str, Any]]:
             mine = [aside / shard_name(self.world.rank, ranks), aside / optimizer_name(self.world.rank, ranks)]
             save_shard(config, share.weights, mine[0])
@@ -140,7 +145,7 @@ class Checkpoints:
             self._point_and_prune(target)
 
         try:
-            self._together(target, lambda: _begin(target) if main else None)
+            self._together(target, lambda: begin() if main else None)
             entries = self._together(target, files)
             self._together(target, lambda: finish(entries) if main else None)
         finally:
@@ -226,9 +231,7 @@ def _aside(target: Path) -> Path:
 
 
 def _begin(target: Path) -> Path:
-    """Returns the empty folder to write `target` into; what crashes have left beside it is gone."""
-    for stale in target.parent.glob(".step_*.tmp"):
-        shutil.rmtree(stale, ignore_errors=True)
+    """Returns the empty folder to write `target` into."""
     aside = _aside(target)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

@@ -1,7 +1,7 @@
 """Measures a training step of each backend beside plain DDP: `python scripts/bench_backends.py --out FILE.json`.
 
-Two ranks on CPUs, a new model of T5-small's shape, the same examples for all. Backends run in turn, A B A B, so that the
-moods of a machine fall on all of them; a figure is the median over the turns. The table is printed as Markdown.
+Two ranks on CPUs, a new model of T5-small's shape, the same examples for all. Backends run in turn, A B A B, so that
+the moods of a machine fall on all of them; a figure is the median over the turns. The table is printed as Markdown.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from babl.training.optimizer import OptimConfig, make_optimizer
 
 BACKENDS: tuple[str, ...] = get_args(get_type_hints(DistributedConfig)["backend"])
 RANKS = 2
-EXAMPLES, SOURCE, TARGET = 8, 128, 16  # of a rank's micro-batch: how many, and tokens of each
+EXAMPLES, SOURCE, TARGET = 4, 128, 16  # of a rank's micro-batch: how many, and tokens of each
 ACCUMULATION = 2
 WARM_UP = 2  # steps: the first makes the optimizer's state
 

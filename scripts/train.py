@@ -93,6 +93,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least(1, train__steps=self.train.steps, batch__accumulation=self.batch.accumulation)
         at_least(0, optim__lr=self.optim.lr, optim__max_grad_norm=self.optim.max_grad_norm, run__seed=self.run.seed)
+        at_least(0, train__keep_last=self.train.keep_last, train__keep_every=self.train.keep_every)
         if self.train.precision == "fp16":
             raise UserError('train.precision is "fp16", which overflows in T5\'s feed-forward layers; use "bf16"')
 
@@ -125,7 +126,7 @@ def train(cfg: TrainConfig) -> Path:
         for line in passed_over:
             say(line)
         if newest:
-            state = load_checkpoint(newest, model.config, backend.load)
+            state = load_checkpoint(newest, model.config, cfg.optim.name, backend.load)
             step = state["step"]
             loader.restore(state["loader"])
             say(f"resumed from {newest}")
@@ -185,7 +186,7 @@ def train(cfg: TrainConfig) -> Path:
                     if backend.whole:
                         show_answers(Engine(model, tokenizer), validation_set[:3], cfg.data.context, say)
             if last or (cfg.train.save_every and step % cfg.train.save_every == 0):
-                state = {"step": step, "loader": loader.state()}
+                state = {"step": step, "optimizer": cfg.optim.name, "loader": loader.state()}
                 checkpoints.save(step, backend.save(), model.config, state, write)
             if log:
                 log.start_clock()

@@ -176,21 +176,37 @@ class Checkpoints:
         link.unlink(missing_ok=True)
         link.symlink_to(target.name)
         link.rename(self.folder / "latest")
-        for old in sorted(self.folder.glob("step_*"))[: -self.keep_last if self.keep_last else 0]:
+        # Newer ones are those that were passed over: they are neither kept for their age nor counted.
+        found = sorted(path for path in self.folder.glob("step_*") if path.name <= target.name)
+        for old in found[: -self.keep_last if self.keep_last else 0]:
             if not self.keep_every or int(old.name.removeprefix("step_")) % self.keep_every:
                 shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path, config: Any, load: Callable[[Tensors, Tensors], None]) -> dict[str, Any]:
+def load_checkpoint(
+    folder: Path, config: Any, optimizer: str, load: Callable[[Tensors, Tensors], None]
+) -> dict[str, Any]:
     """Returns what `Checkpoints.save` was given as `state`; `load` has been given weights and optimizer state.
 
+    Args:
+        folder: The checkpoint.
+        config: The model's.
+        optimizer: The name of the one that goes on; the saved state says whose it is as `optimizer`.
+        load: The backend's.
+
     Raises:
-        UserError: The weights are not those of this model.
+        UserError: The weights are not those of this model, or the optimizer is another one.
     """
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    if state["optimizer"] != optimizer:
+        raise UserError(
+            f'run.resume: optim.name is "{optimizer}", but was "{state["optimizer"]}" when {folder} was saved; begin a '
+            "run of another run.name from it with model.path"
+        )
     with stored_weights(config, folder) as weights, ExitStack() as stack:
         files = [stack.enter_context(safe_open(path, framework="pt")) for path in folder.glob("optimizer*.safetensors")]
         load(weights, {key: file.get_slice(key) for file in files for key in file.keys()})  # noqa: SIM118 (not a dict)
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return state
 
 
 def optimizer_name(number: int, total: int) -> str:

@@ -207,6 +207,7 @@ def test_in_bf16_weights_and_optimizer_stay_exact(plain, ran, backend, family):
     found, wanted = (torch.cat([g.flatten() for g in of.values()]) for of in (gradients, wanted_gradients))
     assert (found - wanted).norm() < 0.05 * wanted.norm()
     assert norms == pytest.approx(wanted_norms, rel=0.05)
+    assert (found != found.bfloat16()).float().mean() > 0.3  # four micro-batches' bf16, added up in fp32
     weights, state = joined([result[f"bf16 {family}"][2] for result in results])
     assert {tensor.dtype for tensor in (*weights.values(), *state.values())} == {torch.float32}
     for name, start in tiny(family).named_parameters():
@@ -275,6 +276,18 @@ def test_settings_for_deepspeed_are_merged(tmp_path):
     backend = make_backend(DistributedConfig("zero2", deepspeed=str(file)), ALONE, False)
     assert backend.settings["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
     assert backend.settings["wall_clock_breakdown"] and backend.settings["gradient_accumulation_steps"] == 1
+
+
+def test_settings_that_deepspeed_does_not_know_are_refused_in_its_words(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"reduce_bucket_size": "large"}}')
+    backend = make_backend(DistributedConfig("zero2", deepspeed=str(file)), ALONE, False)
+    try:
+        with pytest.raises(UserError, match=r"ds\.json: DeepSpeed refuses it .*reduce_bucket_size") as error:
+            backend.setup(tiny("t5"), partial(make_optimizer, cfg=OptimConfig()))
+        assert "\n" not in str(error.value)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_without_deepspeed_it_is_said_what_to_install(monkeypatch):

@@ -154,11 +154,14 @@ def tiny_config(tmp_path, **train_keys):
 
 
 def test_bf16_adafactor_and_tensorboard_run(tmp_path):
-    config = tiny_config(tmp_path, steps=2, precision="bf16", tensorboard=True)
+    config = tiny_config(tmp_path, steps=2, precision="bf16", activation_checkpointing="selective", tensorboard=True)
     config.optim.name = "adafactor"
     folder = train(config)
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.float32}
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    config.run.resume, config.optim.name = True, "adamw"
+    with pytest.raises(UserError, match=r'optim\.name is "adamw", but was "adafactor" when .*step_000002 was saved'):
+        train(config)
 
 
 def test_a_loss_that_is_no_number_names_step_module_and_examples(tmp_path):

@@ -44,6 +44,14 @@ def test_the_last_few_stay_and_every_hundredth_for_good(tmp_path):
     assert (tmp_path / "latest").resolve().name == "step_000350"
 
 
+def test_a_newer_one_that_was_passed_over_does_not_push_out_the_new_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path, ALONE, keep_last=1, keep_every=0, background=False)
+    save(checkpoints, 8)
+    (tmp_path / "step_000012").mkdir()
+    save(checkpoints, 10)
+    assert newest_whole(tmp_path)[0] == tmp_path / "step_000010" == (tmp_path / "latest").resolve()
+
+
 def test_what_a_crash_left_behind_goes_with_the_next_save(tmp_path):
     (tmp_path / ".step_000001.tmp").mkdir()
     (tmp_path / ".step_000001.tmp" / "model.safetensors").write_text("half")

@@ -68,11 +68,11 @@ def gradient(parameter):
     return (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).clone()
 
 
-def trained(world, family, backend, accumulation, bf16=False, recompute="none", offload="none"):
+def trained(world, family, backend, accumulation, bf16=False, recompute="none", offload="none", settings=""):
     """First gradient, norms, and each rank's share of weights and optimizer state after three steps."""
     model = tiny(family)
     recompute_blocks(model, recompute)
-    backend = make_backend(DistributedConfig(backend, offload), world, bf16)
+    backend = make_backend(DistributedConfig(backend, offload, settings), world, bf16)
     backend.setup(model, partial(make_optimizer, cfg=OptimConfig(weight_decay=0.1)))
     gradients, norms = {}, []
     for step, examples in enumerate(STEPS):
@@ -100,13 +100,15 @@ def broken(world, backend):
     return backend.step(1.0, MAX_NORM), backend.save()
 
 
-def everything(world, backend):
+def everything(world, backend, settings):
     """What `trained` gives for each family and accumulation, and one run each of what else a backend can do."""
     families = ("t5", "llama", "bloom")
     results = {(f, a): trained(world, f, backend, a) for f in families for a in (1, 4)}
     if world.size == 2:
         results |= {f"bf16 {family}": trained(world, family, backend, 2, bf16=True) for family in families}
         results["recomputed"] = trained(world, "t5", backend, 2, recompute="all")
+        if backend == "zero3":
+            results |= {f"released {f}": trained(world, f, backend, 2, settings=settings) for f in families}
         results["broken"] = broken(world, backend)
         for offload in {"zero2": ["optimizer"], "zero3": ["optimizer", "all"], "fsdp": ["all"]}.get(backend, []):
             results[f"offload {offload}"] = trained(world, "t5", backend, 2, offload=offload)
@@ -137,9 +139,11 @@ def plain():
 
 
 @pytest.fixture(scope="module")
-def ran(run_distributed):
+def ran(run_distributed, tmp_path_factory):
     """The results of `everything`, by rank; each backend starts once in each world."""
-    return cache(lambda backend, ranks: run_distributed(everything, backend, world=ranks))
+    released = tmp_path_factory.mktemp("settings") / "released.json"  # small parameters are not kept whole either
+    released.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+    return cache(lambda backend, ranks: run_distributed(everything, backend, str(released), world=ranks))
 
 
 def assert_near(found, expected):
@@ -196,6 +200,11 @@ def test_recomputing_and_offloading_change_nothing(plain, ran, backend):
     keys = [key for key in results[0] if key == "recomputed" or "offload" in key]
     for key in keys:
         assert_as_plain(results, key, plain["t5"])
+
+
+@pytest.mark.parametrize("family", ["t5", "llama", "bloom"])
+def test_weights_that_zero3_gathers_and_releases_are_the_same(plain, ran, family):
+    assert_as_plain(ran("zero3", 2), f"released {family}", plain[family])
 
 
 @pytest.mark.parametrize("family", ["t5", "llama", "bloom"])

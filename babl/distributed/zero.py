@@ -1,7 +1,6 @@
 """Optimizer state (1), gradients too (2), weights too (3) shared out among the ranks: DeepSpeed's ZeRO stages."""
 
 import json
-import logging
 import os
 import sys
 import warnings
@@ -242,14 +241,11 @@ def _deepspeed(backend: str, device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr):  # its log goes where stdout is now
             import deepspeed
     except ImportError:
         raise UserError(
             f'distributed.backend is "{backend}", but deepspeed is not installed: pip install deepspeed'
         ) from None
-    for handler in logging.getLogger("DeepSpeed").handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # in its own calls
     return deepspeed

@@ -363,7 +363,12 @@ def doctor(args: argparse.Namespace) -> None:
         "gpu": cuda,
         "trains": "float32" + (", bfloat16" if cuda != "none" else "; bfloat16 is slow on most CPUs"),
     }
-    for package, use in (("tensorboard", "train.tensorboard=true"), ("triton", "kernels on a GPU")):
+    uses = {
+        "deepspeed": "distributed.backend=zero1, zero2, zero3",
+        "tensorboard": "train.tensorboard=true",
+        "triton": "kernels on a GPU",
+    }
+    for package, use in uses.items():
         found = importlib.util.find_spec(package) is not None
         facts[package] = importlib.metadata.version(package) if found else f"not installed (for {use})"
     _show(facts, args.json)

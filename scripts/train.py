@@ -26,18 +26,19 @@ from babl.data.collate import Batch, Feature, check_context, collate, collate_ca
 from babl.data.loader import Loader, dropout_keys, plan_epoch
 from babl.data.sets import DataConfig, load_sets
 from babl.data.squad import Example
-from babl.distributed.ddp import DDP
+from babl.distributed.backend import DistributedConfig, make_backend
 from babl.distributed.env import World, world
 from babl.errors import UserError
 from babl.generation import Engine
 from babl.models.build import ModelConfig, build_model
-from babl.models.weights import FAMILIES, read_weights, save_pretrained
+from babl.models.weights import FAMILIES, stored_weights
 from babl.text import train_tokenizer
 from babl.text.prompts import Style, qa_prompt
-from babl.training.checkpoint import newest_whole, read_state, save_checkpoint
+from babl.training.checkpoint import Checkpoints, load_checkpoint
 from babl.training.loss import name_nonfinite, token_loss
 from babl.training.metrics import MetricsLog
 from babl.training.optimizer import OptimConfig, make_optimizer
+from babl.training.recompute import Recompute, recompute_blocks
 from babl.training.schedule import learning_rate
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "debug_cpu.toml"
@@ -67,17 +68,13 @@ class LoopConfig:
 
     steps: int = 1000
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    activation_checkpointing: Recompute = "none"
     validate_every: int = 0
     save_every: int = 0
     keep_last: int = 2
+    keep_every: int = 0
+    async_save: bool = False
     tensorboard: bool = False
-
-
-@dataclass
-class DistributedConfig:
-    """How the model is spread over processes."""
-
-    backend: Literal["ddp"] = "ddp"
 
 
 @dataclass
@@ -95,6 +92,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least(1, train__steps=self.train.steps, batch__accumulation=self.batch.accumulation)
         at_least(0, optim__lr=self.optim.lr, optim__max_grad_norm=self.optim.max_grad_norm, run__seed=self.run.seed)
+        at_least(0, train__keep_last=self.train.keep_last, train__keep_every=self.train.keep_every)
         if self.train.precision == "fp16":
             raise UserError('train.precision is "fp16", which overflows in T5\'s feed-forward layers; use "bf16"')
 
@@ -103,7 +101,8 @@ def train(cfg: TrainConfig) -> Path:
     """Returns the last checkpoint, a model folder, of a run that has done all its steps."""
     with world() as me:
         folder = Path(cfg.run.dir) / cfg.run.name
-        checkpoints = folder / "checkpoints"
+        kept = cfg.train.keep_last, cfg.train.keep_every, cfg.train.async_save
+        checkpoints = Checkpoints(folder / "checkpoints", me, *kept)
         say = partial(print, file=sys.stderr if me.is_main else io.StringIO())
         train_set, validation_set = load_sets(cfg.data, cfg.run.seed)
         if me.is_main:
@@ -118,18 +117,21 @@ def train(cfg: TrainConfig) -> Path:
         say(f"{len(train_set):,} questions, {len(features):,} examples; {losses}")
         lengths = [feature.lengths for feature in features]
         loader = Loader(lengths, cfg.batch.tokens, cfg.run.seed, me.rank, me.size, cfg.batch.accumulation)
-        backend = DDP(me, torch.bfloat16 if cfg.train.precision == "bf16" else None)
+        recompute_blocks(model, cfg.train.activation_checkpointing)
+        backend = make_backend(cfg.distributed, me, cfg.train.precision == "bf16")
         backend.setup(model, partial(make_optimizer, cfg=cfg.optim))
         step = 0
-        newest, passed_over = newest_whole(checkpoints)
+        newest, passed_over = checkpoints.newest_whole()
         for line in passed_over:
             say(line)
         if newest:
-            backend.load(newest, read_weights)
-            state = read_state(newest)
+            state = load_checkpoint(newest, model.config, cfg.optim.name, backend.load)
             step = state["step"]
             loader.restore(state["loader"])
             say(f"resumed from {newest}")
+        elif cfg.model.path:
+            with stored_weights(model.config, Path(cfg.model.path)) as weights:
+                backend.load(weights, {})
         log = MetricsLog(folder, step, cfg.train.tensorboard) if me.is_main else None
 
         def micro_batch(of: list[Feature], indices: list[int]) -> Batch:
@@ -139,22 +141,16 @@ def train(cfg: TrainConfig) -> Path:
                 return collate(rows, pad, model.config.decoder_start_token_id, keys).to(me.device)
             return collate_causal(rows, pad, keys).to(me.device)
 
-        def save() -> None:
-            def write(target: Path) -> None:
-                backend.save(target, save_pretrained)
-                tokenizer.save(target)
-                save_config(cfg, target / "run.toml")
-
-            if me.is_main:
-                state = {"step": step, "loader": loader.state()}
-                save_checkpoint(checkpoints, step, state, cfg.train.keep_last, write)
-            me.barrier()
+        def write(target: Path) -> None:
+            tokenizer.save(target)
+            save_config(cfg, target / "run.toml")
 
         torch.set_flush_denormal(True)  # Adam's moments fade into denormals, which a CPU computes many times slower
         bar = tqdm(total=cfg.train.steps, initial=step, desc=cfg.run.name, unit="step", disable=not me.is_main)
         model.train()
         while step < cfg.train.steps:
             step += 1
+            me.seed(cfg.run.seed, step)
             batches = [micro_batch(features, indices) for indices in loader.next_step()]
             (targets,) = me.sum(sum(batch.targets for batch in batches))
             lr = learning_rate(cfg.optim.schedule, cfg.optim.lr, step, cfg.train.steps, cfg.optim.warmup_steps)
@@ -186,15 +182,18 @@ def train(cfg: TrainConfig) -> Path:
                 if log:
                     log.write(step, validation_loss=val_loss)
                     say(f"step {step}: validation loss {val_loss:.4f}")
-                    show_answers(Engine(model, tokenizer), validation_set[:3], window, say)
+                    if backend.whole:
+                        show_answers(Engine(model, tokenizer), validation_set[:3], window, say)
             if last or (cfg.train.save_every and step % cfg.train.save_every == 0):
-                save()
+                state = {"step": step, "optimizer": cfg.optim.name, "loader": loader.state()}
+                checkpoints.save(step, backend.save(), model.config, state, write)
             if log:
                 log.start_clock()
+        checkpoints.join()
         bar.close()
         if log:
             log.close()
-    return checkpoints / "latest"
+    return folder / "checkpoints" / "latest"
 
 
 def begin_folder(cfg: TrainConfig, folder: Path, train_set: list[Example]) -> None:

@@ -60,7 +60,7 @@ def padded(lengths: Lengths, batches: list[list[int]]) -> int:
 
 
 class Loader:
-    """Deals the batches of epoch after epoch to this rank's micro-batches; its state is two integers."""
+    """Deals the batches of epoch after epoch to this rank's micro-batches; its place is two integers."""
 
     def __init__(self, lengths: Lengths, budget: int, seed: int, rank: int, world: int, accumulation: int):
         if not lengths:
@@ -83,11 +83,23 @@ class Loader:
         return [batch[self.first + slot :: self.slots] for slot in range(self.accumulation)]
 
     def state(self) -> dict[str, int]:
-        """Returns where the loader stands."""
-        return {"epoch": self.epoch, "batch": self.batch}
+        """Returns where the loader stands, and what the order of its examples follows from."""
+        order = {"seed": self.seed, "tokens": self.budget, "examples": len(self.lengths)}
+        return order | {"epoch": self.epoch, "batch": self.batch}
 
     def restore(self, state: dict[str, int]) -> None:
-        """The next step is the one after `state`."""
+        """The next step is the one after `state`.
+
+        Raises:
+            UserError: The order of examples is another one now, in which the place means nothing.
+        """
+        now = self.state()
+        for key, name in (("seed", "run.seed"), ("tokens", "batch.tokens"), ("examples", "examples of data.train")):
+            if state[key] != now[key]:
+                raise UserError(
+                    f"run.resume: {name} is {now[key]}, but was {state[key]} when the checkpoint was saved; begin a "
+                    "run of another run.name from it with model.path"
+                )
         self.epoch, self.batch = state["epoch"], state["batch"]
         self.plan = plan_epoch(self.lengths, self.budget, self.seed, self.epoch)
 

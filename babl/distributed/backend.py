@@ -1,15 +1,58 @@
 """The five verbs behind which every way of spreading a model over processes hides."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from babl.distributed.env import World
+from babl.errors import UserError
+
 OptimizerFn = Callable[[nn.Module], torch.optim.Optimizer]
-WeightsFn = Callable[[Any, Path], None]  # writes or reads a model folder's weights
+
+
+@dataclass
+class DistributedConfig:
+    """Section [distributed] of a run.
+
+    Attributes:
+        backend: ddp keeps a whole model on every process; fsdp and zero3 share out weights, gradients and optimizer,
+            zero2 gradients and optimizer, zero1 the optimizer alone. zero1, zero2 and zero3 are DeepSpeed's.
+        offload: What waits in the CPU's memory: the optimizer (zero1, zero2, zero3), or all (fsdp, zero3).
+        deepspeed: A JSON file of DeepSpeed's own settings, merged into those made here.
+    """
+
+    backend: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
+    offload: Literal["none", "optimizer", "all"] = "none"
+    deepspeed: str = ""
+
+
+class Stored(Protocol):
+    """A tensor on disk, of which only what is indexed is read."""
+
+    def get_shape(self) -> list[int]:
+        """Returns its whole shape."""
+
+    def __getitem__(self, index: Any, /) -> Tensor:
+        """Returns a part of it; all with `...`."""
+
+
+Tensors = Mapping[str, Stored]
+
+
+class Share(NamedTuple):
+    """What one rank writes of a checkpoint, copied to the CPU; the ranks' shares together hold every tensor once.
+
+    Attributes:
+        weights: By parameter name, in fp32.
+        optimizer: By parameter name, a slash, and the optimizer's name for this part of its state.
+    """
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
 
 
 class Backend(Protocol):
@@ -18,11 +61,14 @@ class Backend(Protocol):
     model: nn.Module
     """Call this one in the loop: it synchronises gradients."""
 
+    whole: bool
+    """Whether every rank has all weights, so that one alone can call the model it gave to `setup`."""
+
     def setup(self, model: nn.Module, optimizer_fn: OptimizerFn) -> None:
-        """Model and optimizer are ready to train."""
+        """Model and optimizer are ready to train; a model on the meta device waits for `load` to have values."""
 
     def microbatch(self, last: bool) -> AbstractContextManager[None]:
-        """Within it a forward and a backward run; gradients meet only on the step's last micro-batch."""
+        """Within it a forward and a backward run; the step's gradients are complete after its last micro-batch."""
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the loss, already divided by the step's target tokens on all ranks, are added up."""
@@ -30,14 +76,77 @@ class Backend(Protocol):
     def step(self, learning_rate: float, max_norm: float) -> float:
         """Clips, updates and forgets the gradients; returns their norm before clipping.
 
-        A norm that is not finite updates nothing.
+        A norm that is not finite updates nothing. A maximum of 0 clips nothing.
         """
 
-    def save(self, folder: Path, write_weights: WeightsFn) -> None:
-        """The folder holds weights and optimizer state, by parameter name."""
+    def save(self) -> Share:
+        """Returns this rank's share of weights and optimizer state; every rank must ask for its own."""
 
-    def load(self, folder: Path, read_weights: WeightsFn) -> None:
-        """Weights and optimizer state are those of the folder."""
+    def load(self, weights: Tensors, optimizer: Tensors) -> None:
+        """Weights and optimizer state are these, by the names of `Share`; each rank reads what it keeps."""
+
+
+def make_backend(cfg: DistributedConfig, world: World, bf16: bool) -> Backend:
+    """Returns the backend of that name.
+
+    Args:
+        cfg: Which, and what it offloads.
+        world: The processes.
+        bf16: Whether matrices are multiplied in bf16; weights, the sum of gradients and the optimizer stay fp32.
+
+    Raises:
+        UserError: The backend has no such offload, or DeepSpeed's settings are given to another.
+    """
+    able = {"ddp": (), "fsdp": ("all",), "zero3": ("optimizer", "all")}.get(cfg.backend, ("optimizer",))
+    if cfg.offload not in ("none", *able):
+        choices = ", ".join(f'"{choice}"' for choice in ("none", *able))
+        raise UserError(f'distributed.offload is "{cfg.offload}", but {cfg.backend} has {choices}')
+    if cfg.deepspeed and not cfg.backend.startswith("zero"):
+        raise UserError(f'distributed.deepspeed is "{cfg.deepspeed}", but backend "{cfg.backend}" is not DeepSpeed\'s')
+    match cfg.backend:
+        case "ddp":
+            from babl.distributed.ddp import DDP
+
+            return DDP(world, bf16)
+        case "fsdp":
+            from babl.distributed.fsdp import FSDP
+
+            return FSDP(world, bf16, cfg.offload == "all")
+        case _:
+            from babl.distributed.zero import Zero
+
+            return Zero(world, bf16, cfg)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Returns the members of every list called `blocks`, in order: the parts a model is cut into."""
+    lists = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "blocks"]
+    return [block for blocks in lists for block in blocks.children()]
+
+
+def deal(model: nn.Module, ranks: int) -> dict[str, int]:
+    """Returns which rank writes each parameter: the largest first, each to the rank that has least to write."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    loads, owners = [0] * ranks, {}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        owners[name] = loads.index(min(loads))
+        loads[owners[name]] += sizes[name]
+    return owners
+
+
+def materialize(model: nn.Module) -> None:
+    """Each parameter on the meta device has memory on the CPU, a tied one once.
+
+    It is memory without values, and the system gives a page its place only when something is written there: what is
+    cut up and moved on before it is loaded never takes it.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if parameter not in made:
+                    made[parameter] = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+                module._parameters[name] = made[parameter]
 
 
 def set_learning_rate(groups: Iterable[dict], learning_rate: float) -> None:

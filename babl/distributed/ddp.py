@@ -3,30 +3,29 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from babl.distributed.backend import OptimizerFn, WeightsFn, set_learning_rate
+from babl.distributed.backend import OptimizerFn, Share, Tensors, deal, materialize, set_learning_rate
 from babl.distributed.env import World
-
-OPTIMIZER = "optimizer.safetensors"
 
 
 class DDP:
     """See `babl.distributed.backend.Backend`."""
 
-    def __init__(self, world: World, autocast: torch.dtype | None):
-        self.world, self.autocast = world, autocast
+    whole = True
+
+    def __init__(self, world: World, bf16: bool):
+        self.world, self.bf16 = world, bf16
 
     def setup(self, model: nn.Module, optimizer_fn: OptimizerFn) -> None:
         """Model and optimizer are ready to train."""
+        materialize(model)
         self.module = model.to(self.world.device)
+        self.owners = deal(model, self.world.size)
         self.optimizer = optimizer_fn(self.module)
         self.model: nn.Module = DistributedDataParallel(self.module) if self.world.size > 1 else self.module
 
@@ -36,7 +35,7 @@ class DDP:
         alone = last or not isinstance(self.model, DistributedDataParallel)
         with (
             nullcontext() if alone else cast(DistributedDataParallel, self.model).no_sync(),
-            torch.autocast(self.world.device.type, self.autocast, enabled=self.autocast is not None),
+            torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16),
         ):
             yield
 
@@ -53,23 +52,22 @@ class DDP:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def save(self, folder: Path, write_weights: WeightsFn) -> None:
-        """The folder holds weights and optimizer state; rank 0 has all of it."""
-        if not self.world.is_main:
-            return
-        write_weights(self.module, folder)
-        state = {
-            f"{name}/{key}": torch.as_tensor(value).contiguous()
-            for name, parameter in self.module.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
-        }
-        save_file(state, folder / OPTIMIZER)
+    def save(self) -> Share:
+        """Returns this rank's share; each rank has all, and copies its part."""
+        share = Share({}, {})
+        for name, parameter in self.module.named_parameters():
+            if self.owners[name] == self.world.rank:
+                share.weights[name] = parameter.detach().to("cpu", copy=True)
+                for key, value in self.optimizer.state[parameter].items():
+                    share.optimizer[f"{name}/{key}"] = torch.as_tensor(value).to("cpu", copy=True)
+        return share
 
-    def load(self, folder: Path, read_weights: WeightsFn) -> None:
-        """Weights and optimizer state are those of the folder."""
-        read_weights(self.module, folder)
+    @torch.no_grad()
+    def load(self, weights: Tensors, optimizer: Tensors) -> None:
+        """Weights and optimizer state are these."""
         parameters = dict(self.module.named_parameters())
-        with safe_open(folder / OPTIMIZER, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                name, _, part = key.partition("/")
-                self.optimizer.state[parameters[name]][part] = file.get_tensor(key).to(self.world.device)
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name][...])
+        for key, stored in optimizer.items():
+            name, _, part = key.partition("/")
+            self.optimizer.state[parameters[name]][part] = stored[...].to(self.world.device, copy=True)

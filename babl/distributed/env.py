@@ -1,12 +1,17 @@
 """Who am I among the processes torchrun has started?"""
 
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,21 @@ class World:
         dist.all_reduce(totals)
         return totals.tolist()
 
+    def gather(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+        """Returns every rank's value, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=group)
+        return values
+
+    def seed(self, seed: int, step: int) -> None:
+        """Python's, numpy's and torch's generators begin anew, alike on all ranks: nothing of them needs saving."""
+        value = (seed * 1_000_003 + step) % 2**32
+        random.seed(value)
+        np.random.seed(value)
+        torch.manual_seed(value)
+
     def barrier(self) -> None:
         """Nobody goes on before all have come."""
         if self.size > 1:
@@ -51,9 +71,19 @@ def world() -> Iterator[World]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(_transport(device))
     try:
         yield World(rank, size, device)
     finally:
-        if size > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def start_group(world: World) -> None:
+    """There is a process group, even of one process; it ends with `world`."""
+    if not dist.is_initialized():
+        dist.init_process_group(_transport(world.device), store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _transport(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -32,7 +32,7 @@ class ModelConfig:
 
 
 def build_model(cfg: ModelConfig, trained_tokenizer: Path, seed: int) -> tuple[Model, Tokenizer]:
-    """Returns model and tokenizer.
+    """Returns model and tokenizer; a folder's model is on the meta device, for each rank to read what it keeps.
 
     Args:
         cfg: What to start from.
@@ -43,7 +43,7 @@ def build_model(cfg: ModelConfig, trained_tokenizer: Path, seed: int) -> tuple[M
         UserError: A folder is not what it should be, or a key of the shape is unknown or ill-typed.
     """
     if cfg.path:
-        return from_pretrained(cfg.path), load_tokenizer(cfg.tokenizer or cfg.path)
+        return from_pretrained(cfg.path, device="meta"), load_tokenizer(cfg.tokenizer or cfg.path)
     tokenizer = load_tokenizer(cfg.tokenizer or trained_tokenizer)
     family = FAMILIES[cfg.family]
     types = get_type_hints(family.config)

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +20,7 @@ from babl.models.layers import Model
 from babl.text.tokenizer import TOKENIZER_FILES
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5 << 30  # of a weight file: what the hub stores and fetches well
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -111,16 +112,20 @@ def from_pretrained(
     return model.eval()
 
 
-@torch.no_grad()
-def read_weights(model: Model, folder: Path) -> None:
-    """The model's parameters, wherever they are, hold the values of the folder.
+@contextmanager
+def stored_weights(config: Any, folder: Path) -> Iterator[dict[str, Any]]:
+    """Yields each parameter of a model by its name here, in the folder's files: only what is indexed is read.
+
+    Args:
+        config: The model's.
+        folder: As for `from_pretrained`.
 
     Raises:
         UserError: As `from_pretrained`.
     """
+    model = blank_model(config)
     with _tensors(folder) as found:
-        for name, key in _checked_keys(model, folder, found).items():
-            model.get_parameter(name).copy_(found[key].get_tensor(key))
+        yield {name: found[key].get_slice(key) for name, key in _checked_keys(model, folder, found).items()}
 
 
 def _read(folder: Path, keys: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
@@ -190,26 +195,60 @@ def _checked_keys(model: Model, folder: Path, found: dict[str, Any]) -> dict[str
     return keys
 
 
-def hf_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
-    """Yields each parameter once, under its name in a transformers folder."""
-    keys = FAMILIES[model.config.model_type].hf_keys(model.config)
-    for name, parameter in model.named_parameters():
-        yield keys[name], parameter.detach()
+def save_pretrained(model: Model, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """The folder holds config.json and safetensors weights as transformers reads them, every tensor once.
 
-
-def save_pretrained(model: Model, folder: str | Path) -> None:
-    """The folder holds config.json and model.safetensors as transformers reads them, every tensor once."""
+    Args:
+        model: Of any family.
+        folder: Created where it does not exist.
+        shard_bytes: A file of weights is not larger, unless one tensor is; with several there is an index.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_weights(model.config.to_hf(), hf_tensors(model), folder)
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, parameter in model.named_parameters():
+        if shards[-1] and size + parameter.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = parameter.detach()
+        size += parameter.nbytes
+    for number, shard in enumerate(shards):
+        save_shard(model.config, shard, folder / shard_name(number, len(shards)))
+    save_index(folder, len(shards))
+    save_config(model.config, next(model.parameters()).dtype, folder)
 
 
-def write_weights(config: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
-    """The folder holds this config and these tensors."""
-    state = {key: tensor.cpu().contiguous() for key, tensor in tensors}
-    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8")
-    save_file(state, folder / SINGLE, metadata={"format": "pt"})
+def shard_name(number: int, total: int) -> str:
+    """Returns the name of one of `total` weight files; numbers count from 0."""
+    return SINGLE if total == 1 else f"model-{number + 1:05d}-of-{total:05d}.safetensors"
+
+
+def save_shard(config: Any, tensors: dict[str, Tensor], path: Path) -> None:
+    """The file holds these parameters of a model, named as transformers names them."""
+    keys = FAMILIES[config.model_type].hf_keys(config)
+    state = {keys[name]: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def save_config(config: Any, dtype: torch.dtype, folder: Path) -> None:
+    """The folder says which model's weights, and of which dtype, it holds."""
+    stated = config.to_hf() | {"dtype": str(dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
+
+
+def save_index(folder: Path, total: int) -> None:
+    """The folder's weight files, where there are several, have the index that finds a tensor's file."""
+    if total == 1:
+        return
+    weight_map: dict[str, str] = {}
+    size = 0
+    for name in (shard_name(number, total) for number in range(total)):
+        with _open(folder / name) as file:
+            weight_map |= dict.fromkeys(file.keys(), name)
+            size += (folder / name).stat().st_size
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def describe(folder: Path) -> dict[str, Any]:

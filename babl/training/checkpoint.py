@@ -1,20 +1,33 @@
 """Checkpoints: whole folders or none.
 
 A folder is written aside, its files hashed and synced, then renamed; what a crash leaves behind has no name that
-anybody picks up. Each is a model folder that can be moved, served, or loaded in transformers.
+anybody picks up. Each is a model folder that can be moved, served, or loaded in transformers, and every backend goes on
+from it at every world size: optimizer state is stored by parameter name, and what else a run needs is its step, for the
+order of examples, dropout and the generators are functions of the seed and the step.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from babl.distributed.backend import Share, Tensors
+from babl.distributed.env import World
 from babl.errors import UserError
+from babl.models.weights import save_config, save_index, save_shard, shard_name, stored_weights
 
+T = TypeVar("T")
 MANIFEST, STATE = "manifest.json", "trainer.json"
 
 
@@ -26,49 +39,179 @@ def checkpoint_name(step: int) -> str:
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
     """Yields a folder to write into; on leaving without an error it is complete, hashed, synced, and named `target`."""
-    aside = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside = _begin(target)
     try:
         yield aside
-        files = sorted(path for path in aside.iterdir() if path.is_file())
-        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for path in (*files, aside / MANIFEST, aside):
-            _sync(path)
-        if target.exists():
-            shutil.rmtree(target)
-        aside.rename(target)
-        _sync(target.parent)
+        _finish(aside, target, _entries(path for path in aside.iterdir() if path.is_file()))
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def save_checkpoint(
-    folder: Path, step: int, state: dict[str, Any], keep_last: int, write: Callable[[Path], None]
-) -> Path:
-    """Returns the new checkpoint in `folder`, which `latest` now points to; older ones beyond `keep_last` are gone.
+class Checkpoints:
+    """The checkpoints of a run, written by all ranks together: each its share of the tensors, rank 0 the rest.
+
+    The folder must be one that every rank sees. Ranks agree that all files are there before rank 0 gives a checkpoint
+    its name, and where one rank fails, all do, naming it.
+    """
+
+    def __init__(self, folder: Path, world: World, keep_last: int, keep_every: int, background: bool):
+        """A save returns at once where `background` is true, and goes on in a thread.
+
+        Args:
+            folder: Of all checkpoints of the run.
+            world: The processes.
+            keep_last: How many of the newest stay; 0 for all.
+            keep_every: Checkpoints of a multiple of this step stay for good; 0 for none.
+            background: Whether training goes on meanwhile; at most one save is under way.
+        """
+        self.folder, self.world = folder, world
+        self.keep_last, self.keep_every, self.background = keep_last, keep_every, background
+        # A group of its own: what ranks say to each other in the thread must not meet what they say in a step.
+        self.group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self.thread: threading.Thread | None = None
+        self.failure: Exception | None = None
+
+    def newest_whole(self) -> tuple[Path | None, list[str]]:
+        """Returns what `newest_whole` does, looked up by one rank for all."""
+        return self.world.gather(newest_whole(self.folder) if self.world.is_main else (None, []))[0]
+
+    def save(self, step: int, share: Share, config: Any, state: dict[str, Any], write: Callable[[Path], None]) -> None:
+        """A new checkpoint is whole, or under way; `latest` points to it, and older ones are gone as `keep_*` say.
+
+        Args:
+            step: Optimizer steps done.
+            share: This rank's, from the backend.
+            config: The model's.
+            state: What the loop needs to go on, as JSON.
+            write: Puts what else belongs there into the folder it is given; called on rank 0.
+
+        Raises:
+            UserError: This one or, in the background, the one before cannot be written.
+        """
+        self.join()
+        job = partial(self._save, step, share, config, state, write)
+        if not self.background:
+            return job()
+
+        def run() -> None:
+            try:
+                job()
+            except Exception as error:  # raised by `join`, in the thread that asked
+                self.failure = error
+
+        self.thread = threading.Thread(target=run, daemon=True)
+        self.thread.start()
+
+    def join(self) -> None:
+        """No save is under way.
+
+        Raises:
+            UserError: The last one cannot be written.
+        """
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.failure is not None:
+            failure, self.failure = self.failure, None
+            raise failure
+
+    def _save(self, step: int, share: Share, config: Any, state: dict[str, Any], write: Callable[[Path], None]) -> None:
+        target, main, ranks = self.folder / checkpoint_name(step), self.world.is_main, self.world.size
+        aside = _aside(target)
+
+        def begin() -> None:
+            for stale in self.folder.glob(".step_*.tmp"):  # what crashes have left
+                shutil.rmtree(stale, ignore_errors=True)
+            _begin(target)
+
+        def files() -> dict[str, dict[str, Any]]:
+            mine = [aside / shard_name(self.world.rank, ranks), aside / optimizer_name(self.world.rank, ranks)]
+            save_shard(config, share.weights, mine[0])
+            save_file(share.optimizer, mine[1])
+            return _entries(mine)
+
+        def finish(entries: list[dict[str, dict[str, Any]]]) -> None:
+            shards = set(aside.iterdir())
+            save_config(config, torch.float32, aside)
+            save_index(aside, ranks)
+            write(aside)
+            (aside / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            manifest = _entries(set(aside.iterdir()) - shards)
+            for entry in entries:
+                manifest |= entry
+            _finish(aside, target, manifest)
+            self._point_and_prune(target)
+
+        try:
+            self._together(target, lambda: begin() if main else None)
+            entries = self._together(target, files)
+            self._together(target, lambda: finish(entries) if main else None)
+        finally:
+            if main:
+                shutil.rmtree(aside, ignore_errors=True)
+
+    def _together(self, target: Path, part: Callable[[], T]) -> list[T]:
+        """Returns what each rank's part returned; where one has failed, every rank raises."""
+        results: list[T] = []
+        reason, unexpected = "", None
+        try:
+            results.append(part())
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+        except Exception as error:  # our own fault, but the others wait to hear of it
+            reason, unexpected = repr(error), error
+        reports = self.world.gather((results, reason), self.group)
+        if unexpected is not None:
+            raise unexpected
+        for rank, (_, reason) in enumerate(reports):
+            if reason:
+                where = f"rank {rank}: " if self.world.size > 1 else ""
+                raise UserError(f"{target}: cannot be written ({where}{reason})")
+        return [result for results, _ in reports for result in results]
+
+    def _point_and_prune(self, target: Path) -> None:
+        link = self.folder / ".latest.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target.name)
+        link.rename(self.folder / "latest")
+        # Newer ones are those that were passed over: they are neither kept for their age nor counted.
+        found = sorted(path for path in self.folder.glob("step_*") if path.name <= target.name)
+        for old in found[: -self.keep_last if self.keep_last else 0]:
+            if not self.keep_every or int(old.name.removeprefix("step_")) % self.keep_every:
+                shutil.rmtree(old)
+
+
+def load_checkpoint(
+    folder: Path, config: Any, optimizer: str, load: Callable[[Tensors, Tensors], None]
+) -> dict[str, Any]:
+    """Returns what `Checkpoints.save` was given as `state`; `load` has been given weights and optimizer state.
 
     Args:
-        folder: Of all checkpoints of the run.
-        step: Optimizer steps done.
-        state: What the loop needs to go on, as JSON.
-        keep_last: How many stay; 0 for all.
-        write: Puts the model and the optimizer into the folder it is given.
+        folder: The checkpoint.
+        config: The model's.
+        optimizer: The name of the one that goes on; the saved state says whose it is as `optimizer`.
+        load: The backend's.
+
+    Raises:
+        UserError: The weights are not those of this model, or the optimizer is another one.
     """
-    target = folder / checkpoint_name(step)
-    with written_whole(target) as aside:
-        write(aside)
-        (aside / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    link = folder / ".latest.tmp"
-    link.unlink(missing_ok=True)
-    link.symlink_to(target.name)
-    link.rename(folder / "latest")
-    for old in sorted(folder.glob("step_*"))[: -keep_last if keep_last else 0]:
-        shutil.rmtree(old)
-    return target
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    if state["optimizer"] != optimizer:
+        raise UserError(
+            f'run.resume: optim.name is "{optimizer}", but was "{state["optimizer"]}" when {folder} was saved; begin a '
+            "run of another run.name from it with model.path"
+        )
+    with stored_weights(config, folder) as weights, ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in folder.glob("optimizer*.safetensors")]
+        load(weights, {key: file.get_slice(key) for file in files for key in file.keys()})  # noqa: SIM118 (not a dict)
+    return state
+
+
+def optimizer_name(number: int, total: int) -> str:
+    """Returns the name of one of `total` files of optimizer state; numbers count from 0."""
+    return shard_name(number, total).replace("model", "optimizer")
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
@@ -99,9 +242,36 @@ def find_fault(checkpoint: Path) -> str | None:
     return None
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Returns what `save_checkpoint` was given as `state`."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp")
+
+
+def _begin(target: Path) -> Path:
+    """Returns the empty folder to write `target` into."""
+    aside = _aside(target)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def _entries(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Returns the manifest's entries of these files, which are on disk."""
+    entries = {}
+    for path in sorted(paths):
+        _sync(path)
+        entries[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return entries
+
+
+def _finish(aside: Path, target: Path, manifest: dict[str, dict[str, Any]]) -> None:
+    """The folder written aside has its manifest, and its name."""
+    (aside / MANIFEST).write_text(json.dumps(dict(sorted(manifest.items())), indent=2) + "\n", encoding="utf-8")
+    for path in (aside / MANIFEST, aside):
+        _sync(path)
+    if target.exists():
+        shutil.rmtree(target)
+    aside.rename(target)
+    _sync(target.parent)
 
 
 def _sha256(path: Path) -> str:

@@ -17,12 +17,15 @@ def token_loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> 
 
 @torch.no_grad()
 def name_nonfinite(model: nn.Module, batches: list[Batch]) -> str:
-    """Returns which module's parameters or output are not finite first, and for which examples, in words."""
+    """Returns which module's parameters or output are not finite first, and for which examples, in words.
+
+    Every rank must call it: where weights are shared out, a forward needs all of them.
+    """
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             return f"parameter {name} is not finite"
-    for batch in batches:
-        module = _first_module(model, batch)
+    modules = [_first_module(model, batch) for batch in batches]  # all of them, as every other rank does
+    for batch, module in zip(batches, modules, strict=True):
         if module:
             return f"the output of {module} is not finite for examples {', '.join(batch.ids[:8])}"
     ids = ", ".join(name for batch in batches for name in batch.ids[:8])

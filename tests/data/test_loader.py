@@ -58,3 +58,17 @@ def test_dropout_keys_differ_by_seed_step_and_example():
 def test_an_example_beyond_the_budget_is_named():
     with pytest.raises(UserError, match=r"batch\.tokens is 100, but the longest example has 165 tokens"):
         Loader(LENGTHS, 100, 0, 0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "seed", "message"),
+    [
+        (LENGTHS, 4000, 1, r"run\.seed is 1, but was 0 when the checkpoint was saved"),
+        (LENGTHS, 5000, 0, r"batch\.tokens is 5000, but was 4000"),
+        (LENGTHS[1:], 4000, 0, rf"examples of data\.train is {len(LENGTHS) - 1}, but was {len(LENGTHS)}"),
+    ],
+)
+def test_a_place_in_another_order_is_refused(lengths, budget, seed, message):
+    state = Loader(LENGTHS, 4000, 0, 0, 1, 1).state()
+    with pytest.raises(UserError, match=message):
+        Loader(lengths, budget, seed, 0, 2, 3).restore(state)

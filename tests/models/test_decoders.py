@@ -11,7 +11,7 @@ from transformers.models.bloom import modeling_bloom
 from babl.errors import UserError
 from babl.models import from_pretrained, save_pretrained
 from babl.models.bloom import slopes
-from babl.models.weights import FAMILIES
+from babl.models.weights import FAMILIES, SINGLE
 
 VOCABULARY = 96
 LLAMA = {
@@ -118,9 +118,13 @@ def test_logits_and_gradients_equal_transformers(folder, dtype, tolerance, side,
 
 def test_a_saved_folder_loads_in_transformers_with_the_same_logits(folder, tmp_path):
     ours = from_pretrained(folder)
-    save_pretrained(ours, tmp_path)
     ids, _ = batch("none")
-    torch.testing.assert_close(ours(ids), reference(tmp_path)(ids).logits, atol=1e-5, rtol=1e-5)
+    for shard_bytes, files in ((1 << 30, 1), (20_000, 4)):
+        target = tmp_path / str(shard_bytes)
+        save_pretrained(ours, target, shard_bytes)
+        assert (len(list(target.glob("*.safetensors"))) >= files) and (target / SINGLE).exists() == (files == 1)
+        torch.testing.assert_close(ours(ids), reference(target)(ids).logits, atol=1e-5, rtol=1e-5)
+        assert torch.equal(ours(ids), from_pretrained(target)(ids))
 
 
 def test_cached_decoding_equals_computing_everything_anew(folder):

@@ -184,6 +184,7 @@ def test_a_trained_checkpoint_is_fine_tuned_on_real_questions(shared, tmp_path):
             sys.executable, str(ROOT / "scripts/train.py"), str(ROOT / "configs/llama_squad.toml"),
             f"run.dir={tmp_path}", f"run.name={name}", f"model.path={shared}/checkpoints/stories260K",
             f"data.train={shared}/data/squad/train-v1.1-slice.json", "data.validation=", "data.context=none",
+            "distributed.backend=ddp", "train.activation_checkpointing=none", "train.async_save=false",
             "batch.tokens=2048", "train.precision=fp32", "optim.lr=1e-3", "optim.warmup_steps=5", *overrides,
         ]  # fmt: skip
         done = subprocess.run(arguments, capture_output=True, text=True)
@@ -204,11 +205,14 @@ def test_a_trained_checkpoint_is_fine_tuned_on_real_questions(shared, tmp_path):
 
 
 def test_bf16_adafactor_and_tensorboard_run(tmp_path):
-    config = tiny_config(tmp_path, steps=2, precision="bf16", tensorboard=True)
+    config = tiny_config(tmp_path, steps=2, precision="bf16", activation_checkpointing="selective", tensorboard=True)
     config.optim.name = "adafactor"
     folder = train(config)
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.float32}
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    config.run.resume, config.optim.name = True, "adamw"
+    with pytest.raises(UserError, match=r'optim\.name is "adamw", but was "adafactor" when .*step_000002 was saved'):
+        train(config)
 
 
 def test_a_loss_that_is_no_number_names_step_module_and_examples(tmp_path):

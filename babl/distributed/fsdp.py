@@ -1,0 +1,115 @@
+"""Weights, gradients and optimizer in shards, one block of the model put together at a time: torch's FSDP2."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from babl.distributed.backend import OptimizerFn, Share, Stored, Tensors, blocks, deal, materialize, set_learning_rate
+from babl.distributed.env import World, start_group
+from babl.errors import UserError
+
+
+class FSDP:
+    """See `babl.distributed.backend.Backend`."""
+
+    whole = False
+
+    def __init__(self, world: World, bf16: bool, offload: bool):
+        self.world, self.offload = world, offload
+        self.precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+
+    def setup(self, model: nn.Module, optimizer_fn: OptimizerFn) -> None:
+        """Model and optimizer are ready to train.
+
+        Raises:
+            UserError: The optimizer is not AdamW: torch's Adafactor does not know shards.
+        """
+        start_group(self.world)
+        self.owners = deal(model, self.world.size)
+        materialize(model)
+        mesh = init_device_mesh(self.world.device.type, (self.world.size,))
+        # On a CPU there is nothing to offload to, and torch would look for a GPU.
+        offload = CPUOffloadPolicy() if self.offload and self.world.device.type != "cpu" else OffloadPolicy()
+        for part in (*blocks(model), model):
+            sharded = fully_shard(part, mesh=mesh, mp_policy=self.precision, offload_policy=offload)
+            sharded.set_gradient_divide_factor(1.0)  # a loss is a share of a sum: gradients are added, never averaged
+            sharded.set_force_sum_reduction_for_comms(True)
+        self.model: nn.Module = model
+        self.optimizer = optimizer_fn(model)
+        if not isinstance(self.optimizer, torch.optim.AdamW):
+            raise UserError(
+                'optim.name is "adafactor", which torch cannot shard; use "adamw", or distributed.backend=ddp'
+            )
+
+    @contextmanager
+    def microbatch(self, last: bool) -> Iterator[None]:
+        """Within it a forward and a backward run; gradients meet only on the step's last micro-batch.
+
+        Until then each rank keeps them whole.
+        """
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_requires_gradient_sync(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients add up."""
+        loss.backward()
+
+    def step(self, learning_rate: float, max_norm: float) -> float:
+        """Clips, updates and forgets the gradients; returns their norm before clipping."""
+        total = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm or math.inf)
+        norm = _whole(total).item()
+        if math.isfinite(norm):
+            set_learning_rate(self.optimizer.param_groups, learning_rate)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def save(self) -> Share:
+        """Returns this rank's share; tensors are put together one at a time."""
+        share = Share({}, {})
+        for name, parameter in self.model.named_parameters():
+            state = self.optimizer.state[parameter]
+            found = [(share.weights, name, parameter.detach())]
+            found += [(share.optimizer, f"{name}/{key}", value) for key, value in state.items()]
+            for target, key, value in found:
+                whole = _whole(value)  # every rank takes part, for it gives its shard
+                if self.owners[name] == self.world.rank:
+                    target[key] = whole.to("cpu", copy=True)
+        return share
+
+    @torch.no_grad()
+    def load(self, weights: Tensors, optimizer: Tensors) -> None:
+        """Weights and optimizer state are these; each rank reads the rows of its shards."""
+        parameters = dict(self.model.named_parameters())
+        for name, parameter in parameters.items():
+            _read_shard(parameter.data, weights[name])
+        for key, stored in optimizer.items():
+            name, _, part = key.partition("/")
+            parameter = parameters[name]
+            state = self.optimizer.state[parameter]
+            if stored.get_shape():
+                state[part] = torch.zeros_like(parameter)
+                _read_shard(state[part], stored)
+            else:  # the count of steps, whole on every rank
+                state[part] = stored[...].to(parameter.device, copy=True)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _read_shard(target: Tensor, stored: Stored) -> None:
+    """The target, sharded by rows, holds its part of the stored tensor."""
+    assert isinstance(target, DTensor)
+    local = target.to_local()
+    rows = -(-target.shape[0] // target.device_mesh.size())  # of every rank but the last ones
+    first = min(target.device_mesh.get_local_rank() * rows, target.shape[0])
+    if len(local):
+        local.copy_(stored[first : first + len(local)])

@@ -1,0 +1,137 @@
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from babl.distributed.backend import Share
+from babl.distributed.env import World
+from babl.errors import UserError
+from babl.models import from_pretrained
+from babl.models.t5 import T5, T5Config
+from babl.training import checkpoint
+from babl.training.checkpoint import Checkpoints, find_fault, newest_whole
+
+ALONE = World(0, 1, torch.device("cpu"))
+SHAPE = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
+
+
+def tiny():
+    model = T5(T5Config(vocab_size=40, **SHAPE))
+    model.init_weights(torch.Generator().manual_seed(0))
+    return model
+
+
+def save(checkpoints, step, model=None):
+    """The rank's share of a model is every so-manieth parameter."""
+    model = model or tiny()
+    named, world = list(model.named_parameters()), checkpoints.world
+    share = Share({n: p.detach().clone() for n, p in named[world.rank :: world.size]}, {"a/step": torch.tensor(1.0)})
+    checkpoints.save(step, share, model.config, {"step": step}, lambda folder: None)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_last_few_stay_and_every_hundredth_for_good(tmp_path):
+    checkpoints = Checkpoints(tmp_path, ALONE, keep_last=2, keep_every=100, background=False)
+    for step in (50, 100, 150, 200, 250, 300, 350):
+        save(checkpoints, step)
+    assert names(tmp_path) == ["latest", "step_000100", "step_000200", "step_000300", "step_000350"]
+    assert (tmp_path / "latest").resolve().name == "step_000350"
+
+
+def test_a_newer_one_that_was_passed_over_does_not_push_out_the_new_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path, ALONE, keep_last=1, keep_every=0, background=False)
+    save(checkpoints, 8)
+    (tmp_path / "step_000012").mkdir()
+    save(checkpoints, 10)
+    assert newest_whole(tmp_path)[0] == tmp_path / "step_000010" == (tmp_path / "latest").resolve()
+
+
+def test_what_a_crash_left_behind_goes_with_the_next_save(tmp_path):
+    (tmp_path / ".step_000001.tmp").mkdir()
+    (tmp_path / ".step_000001.tmp" / "model.safetensors").write_text("half")
+    save(Checkpoints(tmp_path, ALONE, 2, 0, False), 2)
+    assert names(tmp_path) == ["latest", "step_000002"]
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Syncing waits until the event is set."""
+    event = threading.Event()
+    monkeypatch.setattr(checkpoint, "_sync", lambda path: event.wait(30))
+    return event
+
+
+def test_in_the_background_what_is_saved_is_how_it_was(tmp_path, slow_disk):
+    checkpoints, model = Checkpoints(tmp_path, ALONE, 2, 0, background=True), tiny()
+    before = model.shared.weight.detach().clone()
+    save(checkpoints, 1, model)
+    with torch.no_grad():
+        model.shared.weight.zero_()  # training goes on
+    assert newest_whole(tmp_path) == (None, [])
+    slow_disk.set()
+    checkpoints.join()
+    assert find_fault(tmp_path / "step_000001") is None
+    assert torch.equal(from_pretrained(tmp_path / "latest").shared.weight, before)
+
+
+def test_in_the_background_one_save_waits_for_the_one_before(tmp_path, slow_disk):
+    checkpoints = Checkpoints(tmp_path, ALONE, 2, 0, background=True)
+    save(checkpoints, 1)
+    threading.Timer(0.3, slow_disk.set).start()
+    begun = time.monotonic()
+    save(checkpoints, 2)
+    assert time.monotonic() - begun > 0.25
+    checkpoints.join()
+    assert names(tmp_path) == ["latest", "step_000001", "step_000002"]
+
+
+def test_in_the_background_an_error_comes_with_the_next_save(tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    checkpoints = Checkpoints(tmp_path, ALONE, 2, 0, background=True)
+    monkeypatch.setattr(checkpoint, "_sync", full)
+    save(checkpoints, 1)
+    with pytest.raises(UserError, match=r"step_000001: cannot be written \(No space left on device\)"):
+        save(checkpoints, 2)
+    assert names(tmp_path) == []
+    checkpoints.join()  # it is said once
+
+
+def saved_by_two(world, folder, broken_rank, background):
+    """What each rank heard of a first save that works, and a second one that fails on one rank."""
+    checkpoints = Checkpoints(Path(folder), world, 2, 0, background)
+    save(checkpoints, 1)
+    checkpoints.join()
+    write = checkpoint.save_file
+
+    def full(tensors, path):
+        if world.rank == broken_rank:
+            raise OSError(28, "No space left on device")
+        write(tensors, path)
+
+    checkpoint.save_file = full
+    try:
+        save(checkpoints, 2)
+        checkpoints.join()
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(("broken_rank", "background"), [(0, False), (1, True)])
+def test_one_rank_that_cannot_write_stops_all_and_is_named(run_distributed, tmp_path, broken_rank, background):
+    heard = run_distributed(saved_by_two, str(tmp_path), broken_rank, background)
+    target = tmp_path / "step_000002"
+    assert heard == [f"{target}: cannot be written (rank {broken_rank}: No space left on device)"] * 2
+    assert names(tmp_path) == ["latest", "step_000001"]
+    assert newest_whole(tmp_path) == (tmp_path / "step_000001", [])
+    whole = {name: parameter for name, parameter in from_pretrained(tmp_path / "latest").named_parameters()}
+    assert all(torch.equal(parameter, whole[name]) for name, parameter in tiny().named_parameters())
+    parts = [load_file(path).keys() for path in sorted((tmp_path / "latest").glob("model-*.safetensors"))]
+    assert len(parts) == 2 and all(parts) and not parts[0] & parts[1]

@@ -86,6 +86,8 @@ def trained(world, family, backend, accumulation, bf16=False, recompute="none", 
         if step == 0:
             gradients = {name: gradient(parameter) for name, parameter in model.named_parameters()}
         norms.append(backend.step(1e-3, MAX_NORM))
+    with torch.no_grad():  # a validation, as it comes before a save
+        token_loss(backend.model, batches[0])
     return gradients, norms, backend.save()
 
 

@@ -89,6 +89,9 @@ class FSDP:
     @torch.no_grad()
     def load(self, weights: Tensors, optimizer: Tensors) -> None:
         """Weights and optimizer state are these; each rank reads the rows of its shards."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # or whole tensors that a forward has left would outlive what is read
         for name, parameter in self.parameters.items():
             _read_shard(parameter.data, weights[name])
         for key, stored in optimizer.items():

@@ -15,7 +15,7 @@ def test_it_changes_nothing(runs, undisturbed, backend):
     assert (runs.state("run"), runs.metrics("run")) == undisturbed(backend)
 
 
-def test_it_says_what_fits(runs, undisturbed_run):
+def test_it_says_what_fits(runs):
     output = runs.run("run", "train.steps=2", "optim.name=adafactor", ranks=1)
     assert re.search(r"preflight: the longest batch \(\d+ x \d+\) fits; [\d,]+ MiB", output)
     assert re.search(

@@ -1,4 +1,4 @@
-"""Measures Babl beside what else does the same work: `python scripts/bench.py generate | lookup | load | backends`.
+"""Measures Babl beside what else does the same work: `python scripts/bench.py generate|lookup|load|backends|dropout`.
 
     python scripts/bench.py generate --compile --out benchmarks/generate-cpu.json
     python scripts/bench.py lookup MODEL DATA.json
@@ -29,8 +29,10 @@ from typing import Any, get_args, get_type_hints
 
 import tokenizers
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
+from babl import ops
 from babl.data.collate import Feature, collate, make_prompts
 from babl.data.loader import dropout_keys
 from babl.data.squad import load_squad
@@ -275,6 +277,23 @@ def _rank(name: str, steps: int, out: Path) -> None:
             out.write_text(json.dumps(turn), encoding="utf-8")
 
 
+def dropout(repeats: int) -> list[dict[str, Any]]:
+    """Returns a row for each shape: milliseconds of dropout that belongs to the example, beside torch's own."""
+    rows = []
+    for shape in ((8, 200, 512), (8, 200, 2048), (8, 8, 200, 200)):  # T5-small's states, feed-forward, attention
+        x, keys = torch.randn(shape), torch.arange(8)
+        runs = {"babl": partial(ops.dropout, x, 0.1, keys, 3), "torch": partial(F.dropout, x, 0.1)}
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(repeats):
+            for name, run in runs.items():
+                begun = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - begun)
+        for row in _ratios(seconds, "babl"):
+            rows.append({"shape": " x ".join(map(str, shape))} | row)
+    return rows
+
+
 def load(mebibytes: int) -> list[dict[str, Any]]:
     """Returns a row for each way to load a LLaMA of that size: memory taken above the interpreter with torch in it."""
     layers = max(1, round((mebibytes - 250) / 49))
@@ -327,6 +346,9 @@ def main(argv: list[str] | None = None) -> int:
     job = jobs.add_parser("load", help="memory taken by loading a model")
     job.add_argument("--mebibytes", type=int, default=1024, metavar="N", help="of weights in fp32 (default 1024)")
     job.set_defaults(run=lambda a: load(a.mebibytes))
+    job = jobs.add_parser("dropout", help="dropout that belongs to the example beside torch's")
+    job.add_argument("--repeats", type=int, default=50, metavar="N")
+    job.set_defaults(run=lambda a: dropout(a.repeats))
     job = jobs.add_parser("backends", help="a training step of each backend beside DDP, on two ranks of CPUs")
     job.add_argument("--repeats", type=int, default=3, metavar="N")
     job.add_argument("--steps", type=int, default=6, metavar="N", help="timed ones of a turn")

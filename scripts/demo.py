@@ -131,7 +131,7 @@ def run(out: Path, family: Family, minutes: float, seed: int) -> int:
   babl query {arms["gold"]["model"]} "{example.question}" \\
     --context "{example.context}"
   babl evaluate {arms["gold"]["model"]} {dev_file} --context none
-  babl demo --out runs/demo30 --minutes 30""")
+  babl demo --out runs/demo30 --minutes 30 --family {family}""")
     return 0
 
 

@@ -102,7 +102,9 @@ def generate(families: Sequence[str], repeats: int, compiled: bool) -> list[dict
 
 
 def _babl(engine: Engine, prompts: list[list[int]], new: int) -> list[tuple[int, ...]]:
-    config = GenerationConfig(max_new_tokens=new, prompt_lookup_num_tokens=LOOKUP_TOKENS)
+    # As the commands do: questions look up, which only T5 is asked here; a text is just continued.
+    lookup = LOOKUP_TOKENS if engine.model.is_encoder_decoder else 0
+    config = GenerationConfig(max_new_tokens=new, prompt_lookup_num_tokens=lookup)
     return [answer.ids for answer in engine.answer(prompts, config)]
 
 
@@ -189,26 +191,26 @@ def _ratios(seconds: dict[str, list[float]], ours: str) -> Iterable[dict[str, An
         yield {"by": name, "seconds": statistics.median(times), "ratio": ratio, "all_seconds": times}
 
 
-def lookup(model: str, data: str, limit: int | None) -> list[dict[str, Any]]:
-    """Returns one row: what prompt lookup saves where questions are asked one by one, and what it changes."""
+def lookup(model: str, data: str, limit: int | None, together: int) -> list[dict[str, Any]]:
+    """Returns one row: what prompt lookup saves where so many questions are asked together, and what it changes."""
     engine = Engine.load(model)
-    plain, looked = GenerationConfig(64), GenerationConfig(64, prompt_lookup_num_tokens=LOOKUP_TOKENS)
-    longest = min(512, engine.prompt_limit(plain.max_new_tokens) or 512)
+    configs = [GenerationConfig(32, prompt_lookup_num_tokens=number) for number in (0, LOOKUP_TOKENS)]
+    longest = min(512, engine.prompt_limit(32) or 512)
     prompts = make_prompts(load_squad(data)[:limit], "gold", engine.tokenizer, longest, longest // 4, engine.style)
     same, tokens, steps, seconds = 0, 0, [0, 0], [0.0, 0.0]
-    for prompt in prompts:
+    for at in range(0, len(prompts), together):
         answers = []
-        for i, config in enumerate((plain, looked)):
+        for i, config in enumerate(configs):
             begun = time.perf_counter()
-            (answer,) = engine.answer([prompt.text], config)
+            answers.append(engine.answer([prompt.text for prompt in prompts[at : at + together]], config))
             seconds[i] += time.perf_counter() - begun
-            steps[i] += answer.steps
-            answers.append(answer)
-        same += answers[0].ids == answers[1].ids
-        tokens += len(answers[0].ids)
+            steps[i] += sum(answer.steps for answer in answers[i])
+        same += sum(a.ids == b.ids for a, b in zip(*answers, strict=True))
+        tokens += sum(len(answer.ids) for answer in answers[0])
     return [
         {
             "model": model,
+            "together": together,
             "prompts": len(prompts),
             "identical": same,
             "tokens": tokens,
@@ -342,7 +344,8 @@ def main(argv: list[str] | None = None) -> int:
     job.add_argument("model", metavar="MODEL")
     job.add_argument("data", metavar="DATA.json")
     job.add_argument("--limit", type=int, metavar="N", help="the first N questions only")
-    job.set_defaults(run=lambda a: lookup(a.model, a.data, a.limit))
+    job.add_argument("--together", type=int, default=1, metavar="N", help="asked in one batch (default 1)")
+    job.set_defaults(run=lambda a: lookup(a.model, a.data, a.limit, a.together))
     job = jobs.add_parser("load", help="memory taken by loading a model")
     job.add_argument("--mebibytes", type=int, default=1024, metavar="N", help="of weights in fp32 (default 1024)")
     job.set_defaults(run=lambda a: load(a.mebibytes))

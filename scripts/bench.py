@@ -1,8 +1,9 @@
-"""Measures Babl beside what else does the same work: `python scripts/bench.py generate | lookup | load`.
+"""Measures Babl beside what else does the same work: `python scripts/bench.py generate|lookup|load|backends|dropout`.
 
     python scripts/bench.py generate --compile --out benchmarks/generate-cpu.json
     python scripts/bench.py lookup MODEL DATA.json
     python scripts/bench.py load
+    python scripts/bench.py backends --out benchmarks/backends-cpu.json
 
 What is compared runs in turn, A B A B, so that the moods of a machine fall on both; a ratio is the median over the
 turns. Tables are printed as Markdown; `--out` keeps every single figure, with machine and versions. `generate` compares
@@ -15,27 +16,38 @@ import json
 import multiprocessing
 import os
 import platform
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import tokenizers
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
-from babl.data.collate import make_prompts
+from babl import ops
+from babl.data.collate import Feature, collate, make_prompts
+from babl.data.loader import dropout_keys
 from babl.data.squad import load_squad
+from babl.distributed.backend import DistributedConfig, make_backend
+from babl.distributed.env import world
 from babl.errors import UserError
 from babl.generation import Engine, GenerationConfig
 from babl.generation.packed import pack
 from babl.generation.sampling import LOOKUP_TOKENS
 from babl.models import from_pretrained, save_pretrained
 from babl.models.llama import Llama, LlamaConfig
+from babl.models.t5 import T5, T5Config
 from babl.models.weights import describe
+from babl.training.loss import token_loss
+from babl.training.optimizer import OptimConfig, make_optimizer
 
 WORK = {  # family: transformers' shape, prompt tokens, new tokens
     "t5": (
@@ -58,6 +70,10 @@ WORK = {  # family: transformers' shape, prompt tokens, new tokens
 }
 VOCABULARY = 32_000
 Run = Callable[[], list[tuple[int, ...]]]  # writes, and returns the ids of each row
+BACKENDS: tuple[str, ...] = get_args(get_type_hints(DistributedConfig)["backend"])
+RANKS, ACCUMULATION = 2, 2
+RANK_EXAMPLES, SOURCE, TARGET = 4, 128, 16  # of a rank's micro-batch: how many, and tokens of each
+WARM_UP = 2  # steps: the first makes the optimizer's state
 BATCHES = (1, 16)  # 1, or 16 prompts of a quarter of the length to the whole
 
 
@@ -205,6 +221,79 @@ def lookup(model: str, data: str, limit: int | None) -> list[dict[str, Any]]:
     ]
 
 
+def backends(repeats: int, steps: int) -> list[dict[str, Any]]:
+    """Returns a row for each backend: milliseconds a step, beside plain DDP, peak memory of a rank, time to start."""
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in BACKENDS}
+    order = [name for _ in range(repeats) for name in BACKENDS]
+    for name in tqdm(order, desc="turns", leave=False):
+        turns[name].append(_turn(name, steps))
+    rows = []
+    for name, found in turns.items():
+        ratios = [turn["ms"] / ddp["ms"] for turn, ddp in zip(found, turns["ddp"], strict=True)]
+        row = {"backend": name, "ms per step": statistics.median(turn["ms"] for turn in found)}
+        row |= {"beside ddp": statistics.median(ratios), "peak MiB": statistics.median(t["MiB"] for t in found)}
+        rows.append(row | {"start s": statistics.median(turn["start"] for turn in found), "turns": found})
+    return rows
+
+
+def _turn(name: str, steps: int) -> dict[str, Any]:
+    """Returns what rank 0 of a fresh world has measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "turn.json"
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
+        command = [*torchrun, __file__, "rank-of", name, "--steps", str(steps), "--out", str(out)]
+        subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return json.loads(out.read_text(encoding="utf-8"))
+
+
+def _rank(name: str, steps: int, out: Path) -> None:
+    """One rank of a world trains; rank 0 writes the median of its steps."""
+    torch.set_flush_denormal(True)
+    with world() as me:
+        begun = time.perf_counter()
+        model = T5(T5Config())
+        model.init_weights(torch.Generator().manual_seed(0))
+        backend = make_backend(DistributedConfig(backend=name), me, bf16=False)  # type: ignore[arg-type]
+        backend.setup(model.train(), partial(make_optimizer, cfg=OptimConfig()))
+        me.barrier()
+        start = time.perf_counter() - begun
+        generator = torch.Generator().manual_seed(me.rank)
+        draw = partial(torch.randint, 3, model.config.vocab_size, generator=generator)
+        features = [Feature(str(i), draw((SOURCE,)).tolist(), draw((TARGET,)).tolist()) for i in range(RANK_EXAMPLES)]
+        times = []
+        for step in range(WARM_UP + steps):
+            me.barrier()
+            begun = time.perf_counter()
+            for part in range(ACCUMULATION):
+                batch = collate(features, 0, 0, dropout_keys(0, step, range(RANK_EXAMPLES)))
+                with backend.microbatch(last=part == ACCUMULATION - 1):
+                    loss = token_loss(backend.model, batch) / (me.size * ACCUMULATION * batch.targets)
+                    backend.backward(loss)
+            backend.step(1e-4, 1.0)
+            times.append(time.perf_counter() - begun)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if me.is_main:
+            turn = {"ms": 1000 * statistics.median(times[WARM_UP:]), "MiB": peak, "start": start, "steps": times}
+            out.write_text(json.dumps(turn), encoding="utf-8")
+
+
+def dropout(repeats: int) -> list[dict[str, Any]]:
+    """Returns a row for each shape: milliseconds of dropout that belongs to the example, beside torch's own."""
+    rows = []
+    for shape in ((8, 200, 512), (8, 200, 2048), (8, 8, 200, 200)):  # T5-small's states, feed-forward, attention
+        x, keys = torch.randn(shape), torch.arange(8)
+        runs = {"babl": partial(ops.dropout, x, 0.1, keys, 3), "torch": partial(F.dropout, x, 0.1)}
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(repeats):
+            for name, run in runs.items():
+                begun = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - begun)
+        for row in _ratios(seconds, "babl"):
+            rows.append({"shape": " x ".join(map(str, shape))} | row)
+    return rows
+
+
 def load(mebibytes: int) -> list[dict[str, Any]]:
     """Returns a row for each way to load a LLaMA of that size: memory taken above the interpreter with torch in it."""
     layers = max(1, round((mebibytes - 250) / 49))
@@ -257,6 +346,17 @@ def main(argv: list[str] | None = None) -> int:
     job = jobs.add_parser("load", help="memory taken by loading a model")
     job.add_argument("--mebibytes", type=int, default=1024, metavar="N", help="of weights in fp32 (default 1024)")
     job.set_defaults(run=lambda a: load(a.mebibytes))
+    job = jobs.add_parser("dropout", help="dropout that belongs to the example beside torch's")
+    job.add_argument("--repeats", type=int, default=50, metavar="N")
+    job.set_defaults(run=lambda a: dropout(a.repeats))
+    job = jobs.add_parser("backends", help="a training step of each backend beside DDP, on two ranks of CPUs")
+    job.add_argument("--repeats", type=int, default=3, metavar="N")
+    job.add_argument("--steps", type=int, default=6, metavar="N", help="timed ones of a turn")
+    job.set_defaults(run=lambda a: backends(a.repeats, a.steps))
+    job = jobs.add_parser("rank-of")  # what `backends` starts
+    job.add_argument("backend", choices=BACKENDS)
+    job.add_argument("--steps", type=int)
+    job.set_defaults(run=lambda a: _rank(a.backend, a.steps, a.out))
     for job in jobs.choices.values():
         job.add_argument("--out", type=Path, metavar="FILE.json", help="keep every figure there")
     args = parser.parse_args(argv)
@@ -265,6 +365,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
+    if rows is None:
+        return 0
     print(_markdown(rows))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -280,8 +382,9 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def _machine() -> dict[str, Any]:
-    packages = ("torch", "transformers", "tokenizers", "safetensors")
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    installed = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
+    packages = ("torch", "transformers", "deepspeed", "tokenizers", "safetensors")
+    versions = {name: installed[name] for name in packages if name in installed}
     cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     facts = {"cpu": cpu.split(":")[1].strip(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"

@@ -20,6 +20,7 @@ import torch
 from babl.config import save_config
 from babl.data.contexts import Arm
 from babl.data.fictional import ENTITY_CANDIDATES, GRADES, chance_exact, fictional_corpus
+from babl.data.loader import BatchConfig
 from babl.data.sets import DataConfig
 from babl.data.squad import load_squad
 from babl.errors import UserError
@@ -28,9 +29,10 @@ from babl.evaluation.runner import evaluate
 from babl.generation import Engine
 from babl.models.build import ModelConfig
 from babl.models.weights import FAMILIES, Family
-from babl.scripts.train import BatchConfig, LoopConfig, RunConfig, TrainConfig
+from babl.scripts.train import LoopConfig, TrainConfig
 from babl.text import train_tokenizer
 from babl.text.prompts import Style, qa_prompt
+from babl.training.folder import RunConfig
 from babl.training.optimizer import OptimConfig
 
 TRAIN_ARTICLES, DEV_ARTICLES = 2000, 32
@@ -129,7 +131,7 @@ def run(out: Path, family: Family, minutes: float, seed: int) -> int:
   babl query {arms["gold"]["model"]} "{example.question}" \\
     --context "{example.context}"
   babl evaluate {arms["gold"]["model"]} {dev_file} --context none
-  babl demo --out runs/demo30 --minutes 30""")
+  babl demo --out runs/demo30 --minutes 30 --family {family}""")
     return 0
 
 

@@ -4,7 +4,8 @@
     torchrun --nproc_per_node=8 scripts/train.py configs/t5_small_squad.toml optim.lr=5e-4 run.name=hot
 
 Each `section.key=value` overrides the file. Without a configuration, configs/debug_cpu.toml runs. The run's folder
-holds run.toml (what was run), metrics.jsonl (a line a step) and checkpoints/ (each a model folder).
+holds run.toml (what was run), metrics.jsonl (a line a step) and checkpoints/ (each a model folder). On SIGTERM, SIGUSR1
+or SIGUSR2 the run saves within a step and exits with code 75.
 """
 
 import io
@@ -23,43 +24,28 @@ from tqdm import tqdm
 
 from babl.config import at_least, load_config, save_config
 from babl.data.collate import Batch, Feature, check_context, collate, collate_causal, make_features, make_prompts
-from babl.data.loader import Loader, dropout_keys, plan_epoch
+from babl.data.loader import BatchConfig, Loader, dropout_keys, plan_epoch
 from babl.data.sets import DataConfig, load_sets
 from babl.data.squad import Example
 from babl.distributed.backend import DistributedConfig, make_backend
 from babl.distributed.env import World, world
+from babl.distributed.failure import EXIT_PREEMPTED, report
 from babl.errors import UserError
 from babl.generation import Engine
 from babl.models.build import ModelConfig, build_model
-from babl.models.weights import FAMILIES, stored_weights
-from babl.text import train_tokenizer
-from babl.text.prompts import Style, qa_prompt
+from babl.models.weights import stored_weights
+from babl.text.prompts import Style
 from babl.training.checkpoint import Checkpoints, load_checkpoint
-from babl.training.loss import name_nonfinite, token_loss
+from babl.training.folder import RunConfig, begin_folder, prepare_tokenizer
+from babl.training.loss import raise_nonfinite, token_loss
 from babl.training.metrics import MetricsLog
 from babl.training.optimizer import OptimConfig, make_optimizer
+from babl.training.preemption import Preempted, asked_to_leave
+from babl.training.preflight import try_batch, try_checkpoint
 from babl.training.recompute import Recompute, recompute_blocks
 from babl.training.schedule import learning_rate
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "debug_cpu.toml"
-
-
-@dataclass
-class RunConfig:
-    """Where the run lives; `resume` goes on from its newest whole checkpoint."""
-
-    name: str = "run"
-    dir: str = "runs"
-    seed: int = 0
-    resume: bool = False
-
-
-@dataclass
-class BatchConfig:
-    """Tokens of a step on all ranks, padding included, and the parts each rank computes its share in."""
-
-    tokens: int = 8192
-    accumulation: int = 1
 
 
 @dataclass
@@ -74,7 +60,16 @@ class LoopConfig:
     keep_last: int = 2
     keep_every: int = 0
     async_save: bool = False
+    preflight: bool = True
     tensorboard: bool = False
+
+    @property
+    def checkpoints_at_once(self) -> int:
+        """The most there are, the one being written included."""
+        every = self.save_every or self.steps
+        saves = math.ceil(self.steps / every)
+        for_good = self.steps // math.lcm(every, self.keep_every) if self.keep_every else 0
+        return min(saves, self.keep_last + 1 + for_good) if self.keep_last else saves
 
 
 @dataclass
@@ -99,14 +94,15 @@ class TrainConfig:
 
 def train(cfg: TrainConfig) -> Path:
     """Returns the last checkpoint, a model folder, of a run that has done all its steps."""
-    with world() as me:
+    with asked_to_leave() as asked, world() as me:
         folder = Path(cfg.run.dir) / cfg.run.name
         kept = cfg.train.keep_last, cfg.train.keep_every, cfg.train.async_save
         checkpoints = Checkpoints(folder / "checkpoints", me, *kept)
         say = partial(print, file=sys.stderr if me.is_main else io.StringIO())
         train_set, validation_set = load_sets(cfg.data, cfg.run.seed)
         if me.is_main:
-            begin_folder(cfg, folder, train_set)
+            begin_folder(folder, cfg, cfg.run.resume)
+            prepare_tokenizer(folder / "tokenizer", cfg.model, cfg.run.resume, train_set)
         me.barrier()
         model, tokenizer = build_model(cfg.model, folder / "tokenizer", cfg.run.seed)
         style: Style = "t5" if model.is_encoder_decoder else "decoder"
@@ -120,19 +116,19 @@ def train(cfg: TrainConfig) -> Path:
         recompute_blocks(model, cfg.train.activation_checkpointing)
         backend = make_backend(cfg.distributed, me, cfg.train.precision == "bf16")
         backend.setup(model, partial(make_optimizer, cfg=cfg.optim))
+        load = partial(load_checkpoint, config=model.config, optimizer=cfg.optim.name, load=backend.load)
         step = 0
         newest, passed_over = checkpoints.newest_whole()
         for line in passed_over:
             say(line)
         if newest:
-            state = load_checkpoint(newest, model.config, cfg.optim.name, backend.load)
+            state = load(newest)
             step = state["step"]
             loader.restore(state["loader"])
             say(f"resumed from {newest}")
         elif cfg.model.path:
             with stored_weights(model.config, Path(cfg.model.path)) as weights:
                 backend.load(weights, {})
-        log = MetricsLog(folder, step, cfg.train.tensorboard) if me.is_main else None
 
         def micro_batch(of: list[Feature], indices: list[int]) -> Batch:
             rows, keys = [of[i] for i in indices], dropout_keys(cfg.run.seed, step, indices)
@@ -141,14 +137,34 @@ def train(cfg: TrainConfig) -> Path:
                 return collate(rows, pad, model.config.decoder_start_token_id, keys).to(me.device)
             return collate_causal(rows, pad, keys).to(me.device)
 
-        def write(target: Path) -> None:
-            tokenizer.save(target)
-            save_config(cfg, target / "run.toml")
+        def save(into: Checkpoints) -> None:
+            def write(target: Path) -> None:
+                tokenizer.save(target)
+                save_config(cfg, target / "run.toml")
 
+            state = {"step": step, "optimizer": cfg.optim.name, "loader": loader.state()}
+            into.save(step, backend.save(), model.config, state, write)
+
+        model.train()
+        if cfg.train.preflight:
+            try_batch(backend, micro_batch(features, loader.longest()), say)
+            if not newest:
+                try_checkpoint(folder, me, save, load, cfg.optim, cfg.train.checkpoints_at_once, say)
+        log = MetricsLog(folder, step, cfg.train.tensorboard) if me.is_main else None
         torch.set_flush_denormal(True)  # Adam's moments fade into denormals, which a CPU computes many times slower
         bar = tqdm(total=cfg.train.steps, initial=step, desc=cfg.run.name, unit="step", disable=not me.is_main)
-        model.train()
-        while step < cfg.train.steps:
+        while True:
+            done = step == cfg.train.steps
+            if done or (step and cfg.train.validate_every and step % cfg.train.validate_every == 0):
+                val_loss = validate(backend.model, validation, micro_batch, cfg.batch.tokens, me)
+                if log:
+                    log.write(step, validation_loss=val_loss)
+                    say(f"step {step}: validation loss {val_loss:.4f}")
+                    if backend.whole:
+                        show_answers(Engine(model, tokenizer), validation_set[:3], window, say)
+                    log.start_clock()
+            if done:
+                break
             step += 1
             me.seed(cfg.run.seed, step)
             batches = [micro_batch(features, indices) for indices in loader.next_step()]
@@ -161,14 +177,15 @@ def train(cfg: TrainConfig) -> Path:
                     backend.backward(loss)
                 total += loss.detach()
             grad_norm = backend.step(lr, cfg.optim.max_grad_norm)
-            mean_loss, tokens, padded, examples = me.sum(
+            mean_loss, tokens, padded, examples, leaving = me.sum(
                 total.item(),
                 sum(b.tokens for b in batches),
                 sum(b.padded for b in batches),
                 sum(len(b.ids) for b in batches),
+                asked(),
             )
             if not math.isfinite(mean_loss + grad_norm):
-                raise FloatingPointError(f"step {step}, rank {me.rank}: {name_nonfinite(model, batches)}")
+                raise_nonfinite(step, me, model, batches)
             if log:
                 log.write(
                     step, tokens, loss=mean_loss, lr=lr, grad_norm=grad_norm, target_tokens=int(targets),
@@ -176,17 +193,12 @@ def train(cfg: TrainConfig) -> Path:
                 )  # fmt: skip
                 bar.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
                 bar.update()
-            last = step == cfg.train.steps
-            if last or (cfg.train.validate_every and step % cfg.train.validate_every == 0):
-                val_loss = validate(backend.model, validation, micro_batch, cfg.batch.tokens, me)
-                if log:
-                    log.write(step, validation_loss=val_loss)
-                    say(f"step {step}: validation loss {val_loss:.4f}")
-                    if backend.whole:
-                        show_answers(Engine(model, tokenizer), validation_set[:3], window, say)
-            if last or (cfg.train.save_every and step % cfg.train.save_every == 0):
-                state = {"step": step, "optimizer": cfg.optim.name, "loader": loader.state()}
-                checkpoints.save(step, backend.save(), model.config, state, write)
+            due = cfg.train.save_every and step % cfg.train.save_every == 0
+            if due or leaving or step == cfg.train.steps:
+                save(checkpoints)
+            if leaving:
+                checkpoints.join()
+                raise Preempted(f"step {step}: saved, and left on a signal; run.resume=true goes on")
             if log:
                 log.start_clock()
         checkpoints.join()
@@ -194,22 +206,6 @@ def train(cfg: TrainConfig) -> Path:
         if log:
             log.close()
     return folder / "checkpoints" / "latest"
-
-
-def begin_folder(cfg: TrainConfig, folder: Path, train_set: list[Example]) -> None:
-    """The run's folder holds run.toml and, where the configuration names none, a tokenizer of its own."""
-    if (folder / "metrics.jsonl").exists() and not cfg.run.resume:
-        raise UserError(f"{folder}: a run is there already; go on with run.resume=true, or choose another run.name")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(cfg, folder / "run.toml")
-    except OSError as error:
-        raise UserError(f"run.dir: {folder} cannot be written ({error.strerror})") from None
-    kept = cfg.run.resume and (folder / "tokenizer").exists()
-    if not (cfg.model.path or cfg.model.tokenizer or kept):
-        style: Style = "t5" if FAMILIES[cfg.model.family].model.is_encoder_decoder else "decoder"
-        texts = (qa_prompt(e.question, e.context, style) for e in train_set)
-        train_tokenizer(texts, cfg.model.tokenizer_size, folder / "tokenizer")
 
 
 @torch.no_grad()
@@ -240,18 +236,18 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the training a command line asks for; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     path: str | Path = DEFAULT_CONFIG
+    is_main = os.environ.get("RANK", "0") == "0"
     if arguments and "=" not in arguments[0]:
         path, *arguments = arguments
-    elif os.environ.get("RANK", "0") == "0":
+    elif is_main:
         print(f"no configuration given: running {DEFAULT_CONFIG}", file=sys.stderr)
     try:
-        print(train(load_config(TrainConfig, path, arguments)))
-    except UserError as error:
-        print(f"train: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"train: {error}", file=sys.stderr)
-        return 1
+        print(train(load_config(TrainConfig, path, arguments)), file=sys.stdout if is_main else io.StringIO())
+    except Preempted as left:
+        print(f"train: {left}", file=sys.stderr if is_main else io.StringIO())
+        return EXIT_PREEMPTED
+    except Exception as error:
+        return report("train", error)
     return 0
 
 

@@ -1,17 +1,24 @@
-"""What several tests share."""
+"""What several tests share: optional data, functions in processes of their own, and real runs of the loop."""
 
 import inspect
+import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
+from babl.training.metrics import CLOCK_FIELDS
+
 ROOT = Path(__file__).parent.parent
+TINY = "model.shape={d_model=16, d_kv=8, d_ff=32, num_heads=2, num_layers=1, num_decoder_layers=1, dropout_rate=0.2}"
+STEP = "            step += 1\n"
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +65,118 @@ def run_distributed():
             return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
     return run
+
+
+class Runs:
+    """Starts, watches and ends runs of a tiny T5 on the embedded data; when the test ends, none is left."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.started = folder, []
+
+    def edited(self, code: str) -> Path:
+        """Returns a copy of the loop that runs this code at the start of each step, as a researcher's might."""
+        source = (ROOT / "scripts" / "train.py").read_text()
+        assert source.count(STEP) == 1
+        script = self.folder / "train.py"
+        script.write_text(source.replace(STEP, STEP + "".join(f"            {line}\n" for line in code.splitlines())))
+        return script
+
+    def arguments(self, name, *overrides):
+        """Returns what stands behind the script on the command line."""
+        settings = [f"run.dir={self.folder}", f"run.name={name}", TINY, "model.tokenizer_size=400", "batch.tokens=1500"]
+        settings += ["train.validate_every=4", "train.save_every=4", "train.steps=12", *overrides]
+        return [str(ROOT / "configs" / "debug_cpu.toml"), *settings]
+
+    def start(
+        self, name, *overrides, ranks=2, script=ROOT / "scripts" / "train.py", launcher="babl.distributed.launch"
+    ):
+        launch = ["-m", launcher, f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        command = [sys.executable, *launch, str(script), *self.arguments(name, *overrides)]
+        process = subprocess.Popen(
+            command,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.started.append(process)
+        return process
+
+    def finish(self, process, seconds=90):
+        """Returns exit code, output and the seconds it took."""
+        begun = time.monotonic()
+        output, _ = process.communicate(timeout=seconds)
+        return process.returncode, output, time.monotonic() - begun
+
+    def run(self, name, *overrides, **how):
+        """The run has ended well; returns its output."""
+        code, output, _ = self.finish(self.start(name, *overrides, **how))
+        assert code == 0, output
+        return output
+
+    def ranks(self, process):
+        return [child for child in psutil.Process(process.pid).children() if "train.py" in " ".join(child.cmdline())]
+
+    def wait_for(self, condition, process, seconds=60):
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    def last_step(self, name):
+        path = self.folder / name / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+
+    def metrics(self, name):
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k not in CLOCK_FIELDS} for line in lines]
+
+    def state(self, name):
+        """Returns the bytes of all weights and optimizer state that the run ended with."""
+        return {
+            path.name: path.read_bytes() for path in (self.folder / name / "checkpoints/latest").glob("*.safetensors")
+        }
+
+    def end(self):
+        for process in self.started:
+            if process.poll() is None:
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.send_signal(signal.SIGKILL)
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture
+def runs(tmp_path):
+    these = Runs(tmp_path)
+    yield these
+    these.end()
+
+
+@pytest.fixture(scope="session")
+def undisturbed_run(tmp_path_factory):
+    """Returns the folder of a run that nothing has disturbed, on two ranks with this backend and these settings."""
+    these = Runs(tmp_path_factory.mktemp("undisturbed"))
+
+    def folder(backend, *overrides):
+        name = "-".join([backend, *overrides])
+        if not (these.folder / name).exists():
+            these.run(name, f"distributed.backend={backend}", *overrides)
+        return these.folder / name
+
+    yield folder
+    these.end()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(undisturbed_run):
+    """Returns state and metrics that such a run ends with."""
+
+    def end(backend, *overrides):
+        folder = undisturbed_run(backend, *overrides)
+        runs = Runs(folder.parent)
+        return runs.state(folder.name), runs.metrics(folder.name)
+
+    return end

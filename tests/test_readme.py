@@ -24,6 +24,8 @@ def test_the_commands_marked_as_tested_run(tmp_path):
 
 
 def test_every_file_and_folder_it_names_is_there():
-    named = re.findall(r"`((?:babl|scripts|kernels|configs|tests|docs)(?:/[\w./-]+)?)`|\]\((docs/[^)]+)\)", README)
+    named = re.findall(
+        r"`((?:babl|scripts|kernels|configs|launch|tests|docs)(?:/[\w./-]+)?)`|\]\(((?:docs|launch)/[^)]+)\)", README
+    )
     missing = [name for pair in named for name in pair if name and not (ROOT / name).exists()]
     assert not missing

@@ -6,12 +6,21 @@ computes an example, never which examples a step has.
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from babl.errors import UserError
 
 POOL = 100  # batches' worth of examples sorted by length together: more pads less and mixes lengths less
 _STEP, _EXAMPLE, _WORD = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 2**64
+
+
+@dataclass
+class BatchConfig:
+    """Tokens of a step on all ranks, padding included, and the parts each rank computes its share in."""
+
+    tokens: int = 8192
+    accumulation: int = 1
 
 
 Lengths = Sequence[tuple[int, int]]  # of each example: tokens of its source and of its target
@@ -81,6 +90,11 @@ class Loader:
         batch = self.plan[self.batch]
         self.batch += 1
         return [batch[self.first + slot :: self.slots] for slot in range(self.accumulation)]
+
+    def longest(self) -> list[int]:
+        """Returns a micro-batch as large as any: this machine's share of the longest examples that make a batch."""
+        order = sorted(range(len(self.lengths)), key=lambda i: sum(self.lengths[i]), reverse=True)
+        return _cut(order, self.lengths, self.budget)[0][:: self.slots]
 
     def state(self) -> dict[str, int]:
         """Returns where the loader stands, and what the order of its examples follows from."""

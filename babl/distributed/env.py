@@ -72,10 +72,13 @@ def world() -> Iterator[World]:
         torch.cuda.set_device(device)
     if size > 1:
         dist.init_process_group(_transport(device))
+    left_well = size == 1
     try:
         yield World(rank, size, device)
+        left_well = True
     finally:
-        if dist.is_initialized():
+        # After an error it stays open until the process ends: this rank must first say what happened to it.
+        if left_well and dist.is_initialized():
             dist.destroy_process_group()
 
 

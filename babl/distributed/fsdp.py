@@ -41,6 +41,8 @@ class FSDP:
             sharded.set_gradient_divide_factor(1.0)  # a loss is a share of a sum: gradients are added, never averaged
             sharded.set_force_sum_reduction_for_comms(True)
         self.model: nn.Module = model
+        # The shards. What the model calls its parameters are, between a forward and a backward, its whole tensors.
+        self.parameters = dict(model.named_parameters())
         self.optimizer = optimizer_fn(model)
         if not isinstance(self.optimizer, torch.optim.AdamW):
             raise UserError(
@@ -63,7 +65,7 @@ class FSDP:
 
     def step(self, learning_rate: float, max_norm: float) -> float:
         """Clips, updates and forgets the gradients; returns their norm before clipping."""
-        total = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm or math.inf)
+        total = torch.nn.utils.clip_grad_norm_(self.parameters.values(), max_norm or math.inf)
         norm = _whole(total).item()
         if math.isfinite(norm):
             set_learning_rate(self.optimizer.param_groups, learning_rate)
@@ -74,7 +76,7 @@ class FSDP:
     def save(self) -> Share:
         """Returns this rank's share; tensors are put together one at a time."""
         share = Share({}, {})
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.parameters.items():
             state = self.optimizer.state[parameter]
             found = [(share.weights, name, parameter.detach())]
             found += [(share.optimizer, f"{name}/{key}", value) for key, value in state.items()]
@@ -87,12 +89,14 @@ class FSDP:
     @torch.no_grad()
     def load(self, weights: Tensors, optimizer: Tensors) -> None:
         """Weights and optimizer state are these; each rank reads the rows of its shards."""
-        parameters = dict(self.model.named_parameters())
-        for name, parameter in parameters.items():
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # or whole tensors that a forward has left would outlive what is read
+        for name, parameter in self.parameters.items():
             _read_shard(parameter.data, weights[name])
         for key, stored in optimizer.items():
             name, _, part = key.partition("/")
-            parameter = parameters[name]
+            parameter = self.parameters[name]
             state = self.optimizer.state[parameter]
             if stored.get_shape():
                 state[part] = torch.zeros_like(parameter)

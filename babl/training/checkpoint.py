@@ -215,14 +215,20 @@ def optimizer_name(number: int, total: int) -> str:
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """Returns the newest checkpoint without a fault, and a line for each newer one passed over."""
+    """Returns the newest checkpoint without a fault, and a line for each newer one passed over.
+
+    Raises:
+        UserError: There are checkpoints, and none is whole.
+    """
     passed: list[str] = []
     for path in sorted(folder.glob("step_*"), reverse=True):
         fault = find_fault(path)
         if fault is None:
             return path, passed
         passed.append(f"{path}: passed over, {fault}")
-    return None, passed
+    if passed:
+        raise UserError(f"no whole checkpoint is left; remove them to start over: {'; '.join(passed)}")
+    return None, []
 
 
 def find_fault(checkpoint: Path) -> str | None:
@@ -231,13 +237,17 @@ def find_fault(checkpoint: Path) -> str | None:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"{MANIFEST} cannot be read ({error})"
-    for name, entry in manifest.items():
+    try:
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (AttributeError, KeyError, TypeError):
+        return f"{MANIFEST} is not what was written"
+    for name, (size, digest) in expected.items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, expected {entry['bytes']}"
-        if _sha256(path) != entry["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, expected {size}"
+        if _sha256(path) != digest:
             return f"{name} is not what was written (sha256 differs)"
     return None
 

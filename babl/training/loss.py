@@ -1,12 +1,15 @@
 """The loss of a micro-batch, and the name of what broke where it is not a number."""
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from babl import ops
 from babl.data.collate import IGNORE, Batch
+from babl.distributed.env import World
+from babl.distributed.failure import PeerFailure
 
 
 def token_loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
@@ -15,21 +18,28 @@ def token_loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> 
     return ops.cross_entropy_sum(logits, batch.labels[batch.labels != IGNORE], label_smoothing)
 
 
-@torch.no_grad()
-def name_nonfinite(model: nn.Module, batches: list[Batch]) -> str:
-    """Returns which module's parameters or output are not finite first, and for which examples, in words.
+def raise_nonfinite(step: int, me: World, model: nn.Module, batches: list[Batch]) -> NoReturn:
+    """Ends every rank's run, called by all: the first that has what broke names it, the others know that one does.
 
-    Every rank must call it: where weights are shared out, a forward needs all of them.
+    Raises:
+        FloatingPointError: Names step, rank, module and examples.
+        PeerFailure: On the other ranks.
     """
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            return f"parameter {name} is not finite"
-    modules = [_first_module(model, batch) for batch in batches]  # all of them, as every other rank does
-    for batch, module in zip(batches, modules, strict=True):
-        if module:
-            return f"the output of {module} is not finite for examples {', '.join(batch.ids[:8])}"
+    module = _first_nonfinite(model, batches)
+    found = me.sum(*(float(module is not None and rank == me.rank) for rank in range(me.size)))
+    if me.rank != found.index(max(found)):  # where no rank has found anything, the first one says so
+        raise PeerFailure
+    what = f"{module} is not finite" if module else "a gradient is not finite, though every output is"
     ids = ", ".join(name for batch in batches for name in batch.ids[:8])
-    return f"a gradient is not finite, though every output is; examples {ids}"
+    raise FloatingPointError(f"step {step}, rank {me.rank}: {what}; examples {ids}")
+
+
+@torch.no_grad()
+def _first_nonfinite(model: nn.Module, batches: list[Batch]) -> str | None:
+    """Returns whose values are not finite first; every rank computes all its batches, as a sharded model needs."""
+    broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    outputs = [_first_module(model, batch) for batch in batches]
+    return f"parameter {broken[0]}" if broken else next((f"the output of {name}" for name in outputs if name), None)
 
 
 def _first_module(model: nn.Module, batch: Batch) -> str | None:
@@ -42,7 +52,7 @@ def _first_module(model: nn.Module, batch: Batch) -> str | None:
 
         return hook
 
-    hooks = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if not list(m.children())]
+    hooks = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if name]
     try:
         loss = token_loss(model, batch)
     finally:

@@ -14,7 +14,10 @@ CLOCK_FIELDS = ("tokens_per_second", "peak_memory_bytes")  # all that may differ
 
 
 class MetricsLog:
-    """Appends to a run's metrics.jsonl; a resumed run forgets what was logged after its checkpoint."""
+    """Appends to a run's metrics.jsonl; a resumed run forgets what was logged after its checkpoint.
+
+    A step is logged, then saved, then validated: the validation of the step that is resumed from is done again.
+    """
 
     def __init__(self, folder: Path, last_step: int, tensorboard: bool):
         path = folder / "metrics.jsonl"
@@ -22,8 +25,10 @@ class MetricsLog:
         if path.exists():
             # A line cut short by a crash is after the checkpoint, like all that follows the step resumed from.
             lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= last_step]
-        path.write_text("".join(kept), encoding="utf-8")
+            kept = [line for line in lines if _logged_before(json.loads(line), last_step)]
+        aside = folder / ".metrics.tmp"
+        aside.write_text("".join(kept), encoding="utf-8")
+        aside.rename(path)
         self.file = path.open("a", encoding="utf-8")
         self.board = _summary_writer(folder) if tensorboard else None
         self.start_clock()
@@ -34,8 +39,11 @@ class MetricsLog:
         if tokens:
             line["tokens_per_second"] = round(tokens / (time.perf_counter() - self.clock), 1)
             line["peak_memory_bytes"] = peak_memory()
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"{self.file.name}: cannot be written ({error.strerror})") from None
         if self.board is not None:
             for name, value in line.items():
                 if isinstance(value, int | float):
@@ -57,6 +65,10 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _logged_before(line: dict[str, Any], last_step: int) -> bool:
+    return line["step"] < last_step or (line["step"] == last_step and "loss" in line)
 
 
 def _summary_writer(folder: Path) -> Any:

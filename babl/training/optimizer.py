@@ -45,3 +45,11 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
     if cfg.name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
     return torch.optim.Adafactor(groups, lr=0.0, beta2_decay=-0.8, eps=(None, 1e-3), d=1.0)
+
+
+def state_bytes(cfg: OptimConfig, weights: int) -> int:
+    """Returns about how many bytes of optimizer state a checkpoint has beside this many of weights.
+
+    AdamW keeps two moments of each weight; the rows and columns that Adafactor keeps are few.
+    """
+    return 2 * weights if cfg.name == "adamw" else 0

@@ -86,6 +86,8 @@ def trained(world, family, backend, accumulation, bf16=False, recompute="none", 
         if step == 0:
             gradients = {name: gradient(parameter) for name, parameter in model.named_parameters()}
         norms.append(backend.step(1e-3, MAX_NORM))
+    with torch.no_grad():  # a validation, as it comes before a save
+        token_loss(backend.model, batches[0])
     return gradients, norms, backend.save()
 
 
@@ -100,6 +102,19 @@ def broken(world, backend):
     return backend.step(1.0, MAX_NORM), backend.save()
 
 
+def loaded(world, backend):
+    """The loss of a trained model's weights, and after loading others into it; then the share of a save."""
+    model, other = tiny("t5").eval(), {name: torch.full_like(p, 0.01) for name, p in tiny("t5").named_parameters()}
+    backend = make_backend(DistributedConfig(backend), world, False)
+    backend.setup(model, partial(make_optimizer, cfg=OptimConfig()))
+    batch = micro_batch(model, range(8), 0)
+    with torch.no_grad():
+        before = token_loss(backend.model, batch).item()
+        backend.load(other, {})
+        after = token_loss(backend.model, batch).item()
+    return before, after, backend.save()
+
+
 def everything(world, backend, settings):
     """What `trained` gives for each family and accumulation, and one run each of what else a backend can do."""
     families = ("t5", "llama", "bloom")
@@ -110,6 +125,7 @@ def everything(world, backend, settings):
         if backend == "zero3":
             results |= {f"released {f}": trained(world, f, backend, 2, settings=settings) for f in families}
         results["broken"] = broken(world, backend)
+        results["loaded"] = loaded(world, backend)
         for offload in {"zero2": ["optimizer"], "zero3": ["optimizer", "all"], "fsdp": ["all"]}.get(backend, []):
             results[f"offload {offload}"] = trained(world, "t5", backend, 2, offload=offload)
     return results
@@ -232,6 +248,18 @@ def test_a_gradient_that_is_no_number_updates_nothing(ran, backend):
     weights, _ = joined([share for _, share in results])
     for name, start in tiny("t5").named_parameters():
         assert torch.equal(weights[name], start), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_after_loading_the_next_forward_uses_what_was_loaded(ran, backend):
+    before, after, _ = ran(backend, 2)[0]["loaded"]
+    weights, _ = joined([result["loaded"][2] for result in ran(backend, 2)])
+    assert all((tensor == 0.01).all() for tensor in weights.values())
+    model = tiny("t5").eval()
+    batch = micro_batch(model, range(8), 0)
+    assert before == pytest.approx(token_loss(model, batch).item(), rel=1e-5)
+    model.load_state_dict(weights, strict=False)  # not strict: the tied head is no tensor of its own
+    assert after == pytest.approx(token_loss(model, batch).item(), rel=1e-5) and abs(after - before) > 0.1
 
 
 @pytest.mark.parametrize(

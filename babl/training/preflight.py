@@ -1,0 +1,78 @@
+"""What would break late is tried before the first step: the longest batch, a save, a load, the room on the disk."""
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from babl.data.collate import Batch
+from babl.distributed.backend import Backend
+from babl.distributed.env import World
+from babl.errors import UserError
+from babl.training.checkpoint import Checkpoints
+from babl.training.loss import token_loss
+from babl.training.metrics import peak_memory
+from babl.training.optimizer import OptimConfig, state_bytes
+
+MIB = 2**20
+
+
+def try_batch(backend: Backend, batch: Batch, say: Callable[[str], None]) -> None:
+    """Forward and backward of the batch fit into memory, and nothing has changed.
+
+    The loss is made no number: by their own contract, backends update nothing then, and forget the gradients.
+    """
+    for last in (False, True):
+        with backend.microbatch(last):
+            backend.backward(token_loss(backend.model, batch) * math.nan)
+    backend.step(0.0, 1.0)
+    shape = " x ".join(map(str, batch.inputs["input_ids"].shape))
+    say(f"preflight: the longest batch ({shape}) fits; {peak_memory() / MIB:,.0f} MiB, less the optimizer's state")
+
+
+def try_checkpoint(
+    folder: Path,
+    me: World,
+    save: Callable[[Checkpoints], None],
+    load: Callable[[Path], Any],
+    optim: OptimConfig,
+    at_once: int,
+    say: Callable[[str], None],
+) -> None:
+    """A checkpoint can be written and read, the disk has room for the run's, and nothing has changed.
+
+    Args:
+        folder: Of the run; what is tried there is gone afterwards.
+        me: This process; every one of them calls.
+        save: Writes one among the checkpoints it is given.
+        load: Reads one back.
+        optim: Of the run, whose state the first checkpoint does not have yet.
+        at_once: Most checkpoints there at a time, the one being written included.
+        say: Prints.
+
+    Raises:
+        UserError: The disk is too small, or what was written is not what is read.
+    """
+    aside = folder / ".preflight"
+    try:
+        if me.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+        tried = Checkpoints(aside, me, keep_last=0, keep_every=0, background=False)
+        save(tried)
+        written, _ = tried.newest_whole()
+        assert written
+        load(written)
+        me.barrier()
+        if me.is_main:
+            size = sum(path.stat().st_size for path in written.iterdir())
+            size += state_bytes(optim, sum(path.stat().st_size for path in written.glob("model*.safetensors")))
+            free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in written.iterdir())
+            room = f"{at_once} x {size / MIB:,.0f} MiB for checkpoints, {free / MIB:,.0f} MiB free"
+            if at_once * size > free:
+                raise UserError(f"run.dir: {folder} needs {room}; train.keep_last, which counts one less, can lower it")
+            say(f"preflight: a checkpoint was written and read; {room}")
+    finally:
+        if me.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+    me.barrier()

@@ -1,0 +1,25 @@
+# The one file a new cluster edits: train.sbatch and eval.sbatch read it on the job's first node, in the folder that
+# sbatch was called in, and what it exports reaches every node.
+# shellcheck shell=bash disable=SC1091,SC2034  # its variables are for the scripts that read it
+
+# Software: modules, then the environment that `make setup` has made.
+# module load cuda/12.8
+. .venv/bin/activate
+
+# Or a container, which then holds the software: this prefix goes before every command. See README.md.
+container=()
+# container=(apptainer exec --nv --bind "$PWD" babl.sif)
+
+# The loop; an edited copy of it goes here, or on the command line: SCRIPT=mine.py sbatch launch/train.sbatch ...
+script=${SCRIPT:-scripts/train.py}
+
+# Processes on each node: one per GPU, or one where there is none.
+processes=${SLURM_GPUS_ON_NODE:-1}
+export OMP_NUM_THREADS=$((${SLURM_CPUS_ON_NODE:-1} / processes > 0 ? ${SLURM_CPUS_ON_NODE:-1} / processes : 1))
+
+# The port at which the nodes meet on the first one: free there, and another for each job.
+port=$((20000 + SLURM_JOB_ID % 20000))
+
+# The network, where the first interface is not the fast one.
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}

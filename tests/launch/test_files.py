@@ -1,0 +1,51 @@
+"""The files of launch/ and the image keep what they promise, as far as reading them can tell."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+DOCKERFILE = (ROOT / "Dockerfile.cuda").read_text()
+
+
+def test_the_scripts_are_clean():
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    scripts = [*(ROOT / "launch").glob("*.s*"), ROOT / ".ci" / "run"]
+    assert len(scripts) == 4
+    done = subprocess.run(["shellcheck", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_job_may_come_back_and_is_warned():
+    options = re.findall(r"^#SBATCH --(\S+)", (ROOT / "launch" / "train.sbatch").read_text(), flags=re.MULTILINE)
+    assert {"requeue", "open-mode=append", "ntasks-per-node=1"} < {*options}
+    assert any(re.fullmatch(r"signal=B:USR1@\d+", option) for option in options)
+
+
+def test_the_image_is_built_in_stages_from_exact_tags():
+    images = re.findall(r"^FROM (\S+)", DOCKERFILE, flags=re.MULTILINE)
+    assert len(images) == 2
+    assert all(re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-devel-ubuntu\d+\.\d+", image) for image in images)
+    assert "latest" not in DOCKERFILE
+    toolkit = images[0].partition(":")[2].partition(".")[0]
+    assert f"CUDA {toolkit}" in DOCKERFILE
+
+
+def test_the_image_runs_as_a_user_and_leaves_no_cache():
+    final = DOCKERFILE.rpartition("\nFROM ")[2]
+    (user,) = re.findall(r"^USER (\S+)", final, flags=re.MULTILINE)
+    assert user not in ("root", "0") and f"--uid {user} " in final
+    assert DOCKERFILE.count("apt-get update") == DOCKERFILE.count("rm -rf /var/lib/apt/lists/*")
+    assert "PIP_NO_CACHE_DIR=1" in DOCKERFILE and "-c constraints.txt" in DOCKERFILE
+    assert "g++" in final and "-dev " in final  # DeepSpeed and Triton compile at run time
+
+
+def test_what_the_image_copies_is_there_and_sent_to_the_builder():
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    for line in re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, flags=re.MULTILINE):
+        for name in line.split():
+            assert (ROOT / name).exists() and f"!{name}" in ignored

@@ -121,6 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--json", action="store_true")
 
+    sub = verb("verify", verify, "prove that a training script, edited or not, still does what it should")
+    sub.add_argument("script", nargs="?", type=Path, metavar="SCRIPT", help="default Babl's own loop")
+    sub.add_argument("--quick", action="store_true", help="plain DDP alone, on one rank and on two")
+    sub.add_argument("--json", action="store_true")
+
     sub = verb("doctor", doctor, "what this machine can run, and what is missing")
     sub.add_argument("--json", action="store_true")
     return parser
@@ -342,6 +347,13 @@ def info(args: argparse.Namespace) -> None:
     if (Path(args.model) / MANIFEST).exists():
         facts["whole"] = find_fault(Path(args.model)) or "yes"
     _show(facts, args.json)
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Runs scripts/verify.py."""
+    from babl.scripts.verify import LOOP, every_case, quick_cases, run
+
+    return run(args.script or LOOP, *(quick_cases() if args.quick else every_case()), args.json)
 
 
 def doctor(args: argparse.Namespace) -> None:

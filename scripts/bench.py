@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -176,6 +176,10 @@ def _in_turn(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
     different = [name for name, result in results.items() if result != first]
     if different:
         raise RuntimeError(f"{different[0]} wrote other tokens")
+    return _timed(runs, repeats)
+
+
+def _timed(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
@@ -285,13 +289,7 @@ def dropout(repeats: int) -> list[dict[str, Any]]:
     for shape in ((8, 200, 512), (8, 200, 2048), (8, 8, 200, 200)):  # T5-small's states, feed-forward, attention
         x, keys = torch.randn(shape), torch.arange(8)
         runs = {"babl": partial(ops.dropout, x, 0.1, keys, 3), "torch": partial(F.dropout, x, 0.1)}
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(repeats):
-            for name, run in runs.items():
-                begun = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - begun)
-        for row in _ratios(seconds, "babl"):
+        for row in _ratios(_timed(runs, repeats), "babl"):
             rows.append({"shape": " x ".join(map(str, shape))} | row)
     return rows
 

@@ -351,9 +351,9 @@ def info(args: argparse.Namespace) -> None:
 
 def verify(args: argparse.Namespace) -> int:
     """Runs scripts/verify.py."""
-    from babl.scripts.verify import LOOP, run
+    from babl.scripts.verify import LOOP, every_case, quick_cases, run
 
-    return run(args.script or LOOP, args.quick, args.json)
+    return run(args.script or LOOP, *(quick_cases() if args.quick else every_case()), args.json)
 
 
 def doctor(args: argparse.Namespace) -> None:

@@ -70,6 +70,7 @@ class _Row:
     text: Detokenizer
     rng: random.Random
     origin: int = 0  # positions in the cache before the answer
+    drafts: int = 8  # tokens worth drafting, by how the last draft went
     ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     log_prob: float = 0.0
@@ -367,6 +368,7 @@ class Engine:
                 token = choose(logits[b, 0], row.config, [*row.seen, *row.ids], row.rng)
                 row.write(token, float(logits[b, 0].log_softmax(-1)[token]), self.tokenizer.stop_ids)
                 continue
+            right = 0  # tokens of the draft
             for place in range(len(tokens) + 1):
                 if close and close[b][place]:
                     tied = True
@@ -374,10 +376,13 @@ class Engine:
                 row.write(likeliest[b][place], log_probs[b][place], self.tokenizer.stop_ids)
                 if row.finish or place == len(tokens) or tokens[place] != likeliest[b][place]:
                     break
+                right += 1
+            if tokens:  # who copied all copies on; who did not is not worth a long draft
+                row.drafts = 2 * len(tokens) if right == len(tokens) else max(1, right)
         return tied
 
     def _draft(self, row: _Row) -> list[int]:
-        number = min(row.config.prompt_lookup_num_tokens, row.limit - len(row.ids) - 1)
+        number = min(row.config.prompt_lookup_num_tokens, row.drafts, row.limit - len(row.ids) - 1)
         if number < 1 or not row.config.greedy:
             return []
         source = row.prompt if self.model.is_encoder_decoder else [*row.prompt, *row.ids]

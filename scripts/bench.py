@@ -378,8 +378,14 @@ def main(argv: list[str] | None = None) -> int:
 def _markdown(rows: list[dict[str, Any]]) -> str:
     shown = [{key: value for key, value in row.items() if not isinstance(value, list)} for row in rows]
     lines = [list(shown[0]), ["---"] * len(shown[0])]
-    lines += [[f"{v:,.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in shown]
+    lines += [[_number(value) for value in row.values()] for row in shown]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _machine() -> dict[str, Any]:

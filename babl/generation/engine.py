@@ -70,12 +70,15 @@ class _Row:
     text: Detokenizer
     rng: random.Random
     origin: int = 0  # positions in the cache before the answer
-    drafts: int = 8  # tokens worth drafting, by how the last draft went
+    drafts: int = field(init=False)  # tokens worth drafting, by how the last draft went
     ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     log_prob: float = 0.0
     steps: int = 0
     finish: Finish | None = None
+
+    def __post_init__(self) -> None:
+        self.drafts = self.config.prompt_lookup_num_tokens
 
     def write(self, token: int, log_prob: float, stop_ids: frozenset[int]) -> None:
         """The token is part of the answer, and perhaps its last."""

@@ -175,6 +175,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from babl.data.squad import load_squad
     from babl.errors import did_you_mean
     from babl.evaluation.runner import evaluate as run
+    from babl.evaluation.runner import longest_prompt
     from babl.generation import Engine
 
     if args.context not in ARMS:
@@ -191,17 +192,12 @@ def evaluate(args: argparse.Namespace) -> None:
         except OSError as error:
             raise UserError(f"--out: {args.out} cannot be written ({error.strerror})") from None
     longest = args.max_source_tokens
-    longest = _longest_prompt(engine, args.max_new_tokens) if longest is None else longest
+    longest = longest_prompt(engine, args.max_new_tokens) if longest is None else longest
     stride = longest // 4 if args.stride is None else args.stride
     result = run(engine, examples, args.context, longest, stride, args.max_new_tokens)
     if args.out:
         result.save(args.out)
     _show(result.metrics, args.json)
-
-
-def _longest_prompt(engine: Any, max_new_tokens: int) -> int:
-    """Returns how many tokens of a question and its context are read at once."""
-    return min(512, engine.prompt_limit(max_new_tokens) or 512)
 
 
 def score(args: argparse.Namespace) -> None:
@@ -222,6 +218,7 @@ def query(args: argparse.Namespace) -> None:
     from babl.data.collate import make_prompts
     from babl.data.contexts import Arm
     from babl.data.squad import Example
+    from babl.evaluation.runner import longest_prompt
     from babl.generation import Engine, GenerationConfig
     from babl.generation.sampling import LOOKUP_TOKENS
     from babl.text.prompts import clean_answer
@@ -235,7 +232,7 @@ def query(args: argparse.Namespace) -> None:
     engine = Engine.load(args.model, args.device, args.dtype)
     example = Example("query", "", args.question, context or "", ())
     arm: Arm = "none" if context is None else "gold"
-    longest = _longest_prompt(engine, args.max_new_tokens)
+    longest = longest_prompt(engine, args.max_new_tokens)
     prompts = make_prompts([example], arm, engine.tokenizer, longest, longest // 4, engine.style)
     config = GenerationConfig(args.max_new_tokens, prompt_lookup_num_tokens=LOOKUP_TOKENS)
     best = max(engine.answer([p.text for p in prompts], config), key=lambda answer: answer.log_prob)

@@ -39,6 +39,7 @@ from babl.data.squad import load_squad
 from babl.distributed.backend import DistributedConfig, make_backend
 from babl.distributed.env import world
 from babl.errors import UserError
+from babl.evaluation.runner import longest_prompt
 from babl.generation import Engine, GenerationConfig
 from babl.generation.packed import pack
 from babl.generation.sampling import LOOKUP_TOKENS
@@ -199,7 +200,7 @@ def lookup(model: str, data: str, limit: int | None, together: int) -> list[dict
     """Returns one row: what prompt lookup saves where so many questions are asked together, and what it changes."""
     engine = Engine.load(model)
     configs = [GenerationConfig(32, prompt_lookup_num_tokens=number) for number in (0, LOOKUP_TOKENS)]
-    longest = min(512, engine.prompt_limit(32) or 512)
+    longest = longest_prompt(engine, 32)
     prompts = make_prompts(load_squad(data)[:limit], "gold", engine.tokenizer, longest, longest // 4, engine.style)
     same, tokens, steps, seconds = 0, 0, [0, 0], [0.0, 0.0]
     for at in range(0, len(prompts), together):

@@ -89,6 +89,11 @@ def evaluate(
     return Evaluation(predictions, metrics)
 
 
+def longest_prompt(engine: Engine, max_new_tokens: int) -> int:
+    """Returns how many tokens of a question and its context are read at once: 512, or what the model has room for."""
+    return min(512, engine.prompt_limit(max_new_tokens) or 512)
+
+
 def attainable_exact(tokenizer: Tokenizer, examples: list[Example]) -> float:
     """Returns the exact match, in percent, of a model that answers every question right, through this tokenizer.
 

@@ -10,11 +10,12 @@ import numpy as np
 from babl.data.collate import make_prompts
 from babl.data.contexts import Arm
 from babl.data.squad import Example, to_squad
-from babl.evaluation.squad import normalize_answer, question_scores, score
+from babl.evaluation.squad import question_scores, score
 from babl.evaluation.statistics import cluster_bootstrap
 from babl.generation import Engine, GenerationConfig
 from babl.generation.sampling import LOOKUP_TOKENS
 from babl.text import Tokenizer
+from babl.text.normalize import normalize_answer
 from babl.text.prompts import clean_answer
 
 

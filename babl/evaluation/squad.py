@@ -5,27 +5,16 @@ which only 2.0 has. The rules are those of the scripts published with the data s
 evaluate-v2.0.py), oddities included; those that look like bugs are named where they are.
 """
 
-import re
-import string
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 from babl.errors import UserError
+from babl.text.normalize import normalize_answer
 
 Version = Literal["1.1", "2.0"]
 Missing = Literal["error", "zero"]
-
-_DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-
-
-@lru_cache(maxsize=1 << 18)
-def normalize_answer(text: str) -> str:
-    """Returns the text in lower case, ASCII punctuation deleted, then articles, then extra whitespace."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_DELETE_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, gold: str) -> float:

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from babl.errors import UserError
-from babl.evaluation.squad import normalize_answer, question_scores, score
+from babl.evaluation.squad import question_scores, score
+from babl.text.normalize import normalize_answer
 
 
 def squad(questions, version="2.0"):

@@ -1,0 +1,1 @@
+"""The central experiment: a frozen plan, a resumable grid of cells, a report."""

@@ -60,8 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("evaluate", evaluate, "a model's answers to a data set, and their official scores")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("data", metavar="DATA.json")
-    sub.add_argument("--context", default="gold", metavar="ARM", help="what the model sees: gold (default) or none")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="write predictions.json and metrics.json there")
+    sub.add_argument(
+        "--context", default="gold", metavar="ARM", help="what the model sees: gold (default), none, random ..."
+    )
+    sub.add_argument("--context-seed", type=int, default=0, metavar="N", help="of random contexts (default 0)")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="write predictions and metrics there; goes on if killed")
     sub.add_argument("--limit", type=int, metavar="N", help="the first N questions only")
     sub.add_argument("--max-source-tokens", type=int, metavar="N", help="longest prompt (default 512, or what fits)")
     sub.add_argument("--stride", type=int, metavar="N", help="tokens neighbouring windows share (default a quarter)")
@@ -171,17 +174,17 @@ def train(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Prints the metrics of a model on a data set."""
-    from babl.data.contexts import ARMS
+    from babl.data.contexts import TEST_ARMS
     from babl.data.squad import load_squad
     from babl.errors import did_you_mean
+    from babl.evaluation.predictions import Asking
     from babl.evaluation.runner import evaluate as run
     from babl.evaluation.runner import longest_prompt
     from babl.generation import Engine
 
-    if args.context not in ARMS:
-        raise UserError(
-            f"--context is {args.context!r}, expected one of {', '.join(ARMS)}{did_you_mean(args.context, ARMS)}"
-        )
+    if args.context not in TEST_ARMS:
+        near = did_you_mean(args.context, TEST_ARMS)
+        raise UserError(f"--context is {args.context!r}, expected one of {', '.join(TEST_ARMS)}{near}")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}, expected at least 1")
     examples = load_squad(args.data)[: args.limit]
@@ -194,7 +197,8 @@ def evaluate(args: argparse.Namespace) -> None:
     longest = args.max_source_tokens
     longest = longest_prompt(engine, args.max_new_tokens) if longest is None else longest
     stride = longest // 4 if args.stride is None else args.stride
-    result = run(engine, examples, args.context, longest, stride, args.max_new_tokens)
+    asking = Asking(longest, stride, args.max_new_tokens, any(example.impossible for example in examples))
+    result = run(engine, examples, args.context, asking, args.context_seed, Path(args.model), args.out)
     if args.out:
         result.save(args.out)
     _show(result.metrics, args.json)
@@ -215,13 +219,10 @@ def query(args: argparse.Namespace) -> None:
     """Prints a model's answer to one question."""
     import math
 
-    from babl.data.collate import make_prompts
-    from babl.data.contexts import Arm
-    from babl.data.squad import Example
+    from babl.data.contexts import View
+    from babl.evaluation.predictions import Asking, predict
     from babl.evaluation.runner import longest_prompt
-    from babl.generation import Engine, GenerationConfig
-    from babl.generation.sampling import LOOKUP_TOKENS
-    from babl.text.prompts import clean_answer
+    from babl.generation import Engine
 
     context = args.context
     if args.context_file:
@@ -230,17 +231,14 @@ def query(args: argparse.Namespace) -> None:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--context-file: {args.context_file} cannot be read ({error})") from None
     engine = Engine.load(args.model, args.device, args.dtype)
-    example = Example("query", "", args.question, context or "", ())
-    arm: Arm = "none" if context is None else "gold"
     longest = longest_prompt(engine, args.max_new_tokens)
-    prompts = make_prompts([example], arm, engine.tokenizer, longest, longest // 4, engine.style)
-    config = GenerationConfig(args.max_new_tokens, prompt_lookup_num_tokens=LOOKUP_TOKENS)
-    best = max(engine.answer([p.text for p in prompts], config), key=lambda answer: answer.log_prob)
+    asking = Asking(longest, longest // 4, args.max_new_tokens)
+    (answer,) = predict(engine, [View("query", args.question, context)], asking, progress=False)
     if args.json:
-        found = {"answer": clean_answer(best.text), "probability": math.exp(best.log_prob), "complete": best.complete}
-        print(json.dumps(found | {"windows": len(prompts)}, ensure_ascii=False))
+        found = {"answer": answer.prediction, "probability": math.exp(answer.log_prob), "complete": answer.complete}
+        print(json.dumps(found | {"windows": answer.windows}, ensure_ascii=False))
     else:
-        print(clean_answer(best.text))
+        print(answer.prediction)
 
 
 def generate(args: argparse.Namespace) -> None:

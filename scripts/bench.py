@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from babl import ops
 from babl.data.collate import Feature, collate, make_prompts
+from babl.data.contexts import see
 from babl.data.loader import dropout_keys
 from babl.data.squad import load_squad
 from babl.distributed.backend import DistributedConfig, make_backend
@@ -201,7 +202,8 @@ def lookup(model: str, data: str, limit: int | None, together: int) -> list[dict
     engine = Engine.load(model)
     configs = [GenerationConfig(32, prompt_lookup_num_tokens=number) for number in (0, LOOKUP_TOKENS)]
     longest = longest_prompt(engine, 32)
-    prompts = make_prompts(load_squad(data)[:limit], "gold", engine.tokenizer, longest, longest // 4, engine.style)
+    views, _ = see(load_squad(data)[:limit], "gold")
+    prompts = make_prompts(views, engine.tokenizer, longest, longest // 4, engine.style)
     same, tokens, steps, seconds = 0, 0, [0, 0], [0.0, 0.0]
     for at in range(0, len(prompts), together):
         answers = []

@@ -13,17 +13,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import torch
 
 from babl.config import save_config
-from babl.data.contexts import Arm
 from babl.data.fictional import ENTITY_CANDIDATES, GRADES, chance_exact, fictional_corpus
 from babl.data.loader import BatchConfig
 from babl.data.sets import DataConfig
 from babl.data.squad import load_squad
 from babl.errors import UserError
+from babl.evaluation.predictions import Asking
 from babl.evaluation.report import write_report
 from babl.evaluation.runner import evaluate
 from babl.generation import Engine
@@ -35,6 +35,7 @@ from babl.text.prompts import Style, qa_prompt
 from babl.training.folder import RunConfig
 from babl.training.optimizer import OptimConfig
 
+DemoArm = Literal["none", "gold"]
 TRAIN_ARTICLES, DEV_ARTICLES = 2000, 32
 SIDE_BY_SIDE = 1.7  # how much longer a step takes while the other arm trains: two CPUs are often one core
 TRIAL_STEPS = 60  # of the gold arm, to learn how fast this machine is
@@ -93,7 +94,7 @@ def run(out: Path, family: Family, minutes: float, seed: int) -> int:
     for arm, seconds in trained.items():
         folder = out / f"model-{arm}"
         shutil.copytree(out / arm / "checkpoints" / "latest", folder)
-        result = evaluate(Engine.load(folder), dev, arm, MAX_SOURCE, STRIDE, 16)
+        result = evaluate(Engine.load(folder), dev, arm, Asking(MAX_SOURCE, STRIDE, 16))
         result.save(out / f"answers-{arm}")
         lines = [json.loads(line) for line in (out / arm / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         losses[arm] = [line["loss"] for line in lines if "loss" in line]
@@ -147,12 +148,12 @@ def _trial(out: Path, family: Family, seed: int) -> float:
     return statistics.median(seconds)
 
 
-def _train_side_by_side(out: Path, family: Family, steps: int, seed: int) -> dict[Arm, float]:
+def _train_side_by_side(out: Path, family: Family, steps: int, seed: int) -> dict[DemoArm, float]:
     """Returns the seconds each arm took; the gold arm's progress is shown, the other's is in none.log."""
     begun = time.perf_counter()
-    seconds: dict[Arm, float] = {}
+    seconds: dict[DemoArm, float] = {}
     with (out / "none.log").open("w", encoding="utf-8") as log:
-        running: dict[Arm, subprocess.Popen] = {
+        running: dict[DemoArm, subprocess.Popen] = {
             "none": _start(_config(out, family, "none", "none", steps, seed), log),
             "gold": _start(_config(out, family, "gold", "gold", steps, seed)),
         }
@@ -181,7 +182,7 @@ def _start(config: TrainConfig, log: TextIO | None = None) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment)
 
 
-def _config(out: Path, family: Family, name: str, arm: Arm, steps: int, seed: int) -> TrainConfig:
+def _config(out: Path, family: Family, name: str, arm: DemoArm, steps: int, seed: int) -> TrainConfig:
     return TrainConfig(
         RunConfig(name=name, dir=str(out), seed=seed),
         ModelConfig(family=family, shape=SHAPES[family], tokenizer=str(out / "tokenizer")),

@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from babl.config import at_least, load_config, save_config
 from babl.data.collate import Batch, Feature, check_context, collate, collate_causal, make_features, make_prompts
+from babl.data.contexts import View
 from babl.data.loader import BatchConfig, Loader, dropout_keys, plan_epoch
-from babl.data.sets import DataConfig, load_sets
-from babl.data.squad import Example
+from babl.data.sets import DataConfig, load_sets, load_views
 from babl.distributed.backend import DistributedConfig, make_backend
 from babl.distributed.env import World, world
 from babl.distributed.failure import EXIT_PREEMPTED, report
@@ -88,6 +88,7 @@ class TrainConfig:
         at_least(1, train__steps=self.train.steps, batch__accumulation=self.batch.accumulation)
         at_least(0, optim__lr=self.optim.lr, optim__max_grad_norm=self.optim.max_grad_norm, run__seed=self.run.seed)
         at_least(0, train__keep_last=self.train.keep_last, train__keep_every=self.train.keep_every)
+        at_least(0, batch__examples=self.batch.examples)
         if self.train.precision == "fp16":
             raise UserError('train.precision is "fp16", which overflows in T5\'s feed-forward layers; use "bf16"')
 
@@ -106,13 +107,13 @@ def train(cfg: TrainConfig) -> Path:
         me.barrier()
         model, tokenizer = build_model(cfg.model, folder / "tokenizer", cfg.run.seed)
         style: Style = "t5" if model.is_encoder_decoder else "decoder"
-        window = cfg.data.context, tokenizer, cfg.data.max_source_tokens, cfg.data.stride, style
-        features, losses = make_features(train_set, *window)
-        validation, _ = make_features(validation_set, *window)
+        window = tokenizer, cfg.data.max_source_tokens, cfg.data.stride, style
+        train_views, validation_views = load_views(cfg.data, train_set), load_views(cfg.data, validation_set)
+        features, losses = make_features(train_views, *window)
+        validation, _ = make_features(validation_views, *window)
         check_context([*features, *validation], model.context_length)
-        say(f"{len(train_set):,} questions, {len(features):,} examples; {losses}")
-        lengths = [feature.lengths for feature in features]
-        loader = Loader(lengths, cfg.batch.tokens, cfg.run.seed, me.rank, me.size, cfg.batch.accumulation)
+        say(f"{len(train_set):,} questions, {len(train_views):,} shown, {len(features):,} examples; {losses}")
+        loader = Loader([feature.lengths for feature in features], cfg.batch, cfg.run.seed, me.rank, me.size)
         recompute_blocks(model, cfg.train.activation_checkpointing)
         backend = make_backend(cfg.distributed, me, cfg.train.precision == "bf16")
         backend.setup(model, partial(make_optimizer, cfg=cfg.optim))
@@ -161,7 +162,7 @@ def train(cfg: TrainConfig) -> Path:
                     log.write(step, validation_loss=val_loss)
                     say(f"step {step}: validation loss {val_loss:.4f}")
                     if backend.whole:
-                        show_answers(Engine(model, tokenizer), validation_set[:3], window, say)
+                        show_answers(Engine(model, tokenizer), validation_views[:3], window, say)
                     log.start_clock()
             if done:
                 break
@@ -188,7 +189,7 @@ def train(cfg: TrainConfig) -> Path:
                 raise_nonfinite(step, me, model, batches)
             if log:
                 log.write(
-                    step, tokens, loss=mean_loss, lr=lr, grad_norm=grad_norm, target_tokens=int(targets),
+                    step, int(tokens), loss=mean_loss, lr=lr, grad_norm=grad_norm, target_tokens=int(targets),
                     examples=int(examples), padding_fraction=round(1 - tokens / padded, 4),
                 )  # fmt: skip
                 bar.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
@@ -224,12 +225,12 @@ def validate(model: nn.Module, features: list[Feature], make_batch: Callable, to
     return total / targets
 
 
-def show_answers(engine: Engine, examples: list[Example], window: tuple, say: Callable) -> None:
+def show_answers(engine: Engine, views: list[View], window: tuple, say: Callable) -> None:
     """A few answers stand beside what they should be; of a context too long for the model, one for each window."""
-    prompts = make_prompts(examples, *window)
+    prompts = make_prompts(views, *window)
     for prompt, answer in zip(prompts, engine.generate([prompt.text for prompt in prompts]), strict=True):
-        example = examples[prompt.example]
-        say(f"  {example.question}  ->  {answer!r}, should be {[a.text for a in example.answers]}")
+        view = views[prompt.view]
+        say(f"  {view.question}  ->  {answer!r}, should be {list(view.golds)}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -158,7 +158,7 @@ def test_missing_predictions_must_be_allowed_aloud(capsys, data, tmp_path):
         (["evaluate", "absent", "DATA"], "absent: no such model folder"),
         (
             ["evaluate", "MODEL", "DATA", "--context", "golf"],
-            "--context is 'golf', expected one of none, gold; did you mean",
+            "--context is 'golf', expected one of none, blank, random",
         ),
         (["evaluate", "MODEL", "DATA", "--limit", "0"], "--limit is 0, expected at least 1"),
         (["evaluate", "MODEL", "DATA", "--limit", "1", "--out", "/dev/null/x"], "--out: /dev/null/x cannot be written"),

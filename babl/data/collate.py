@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from babl.data.contexts import Arm, context_for
-from babl.data.squad import Example
+from babl.data.contexts import View
 from babl.errors import UserError
 from babl.text import Tokenizer
 from babl.text.prompts import Style, continuation_ids, prompt_ids, qa_prompt, qa_target
@@ -26,12 +25,12 @@ class Prompt:
     """A question with what it may see, as text.
 
     Attributes:
-        example: Index of the example asked.
+        view: Index of the view.
         text: The whole prompt.
         span: Code points [start, end) of the context shown.
     """
 
-    example: int
+    view: int
     text: str
     span: tuple[int, int]
 
@@ -77,13 +76,12 @@ class Losses:
 
 
 def make_prompts(
-    examples: Sequence[Example], arm: Arm, tokenizer: Tokenizer, max_tokens: int, stride: int, style: Style = "t5"
+    views: Sequence[View], tokenizer: Tokenizer, max_tokens: int, stride: int, style: Style = "t5"
 ) -> list[Prompt]:
-    """Returns one prompt per example, or several windows where the context is too long.
+    """Returns one prompt per view, or several windows where its context is too long.
 
     Args:
-        examples: The questions.
-        arm: Which context they see.
+        views: Questions and the contexts shown.
         tokenizer: Counts the tokens.
         max_tokens: Longest prompt in tokens, BOS and EOS included.
         stride: Tokens that neighbouring windows share.
@@ -92,25 +90,24 @@ def make_prompts(
     Raises:
         UserError: A question leaves no room for its context.
     """
-    contexts = [context_for(example, arm) for example in examples]
-    texts = [qa_prompt(e.question, c, style) for e, c in zip(examples, contexts, strict=True)]
+    texts = [qa_prompt(view.question, view.context, style) for view in views]
     prompts = []
     for i, (text, ids) in enumerate(zip(texts, prompt_ids(texts, tokenizer, style), strict=True)):
-        context = contexts[i]
+        context = views[i].context
         if context is None:
             prompts.append(Prompt(i, text, (0, 0)))
         elif len(ids) <= max_tokens:
             prompts.append(Prompt(i, text, (0, len(context))))
         else:
-            (bare,) = prompt_ids([qa_prompt(examples[i].question, "", style)], tokenizer, style)
+            (bare,) = prompt_ids([qa_prompt(views[i].question, "", style)], tokenizer, style)
             room = max_tokens - len(bare)
             if room < 2 * stride or room < 1:
                 raise UserError(
-                    f"max_source_tokens is {max_tokens}, but question {examples[i].id} leaves {room} tokens for its "
+                    f"max_source_tokens is {max_tokens}, but question {views[i].id} leaves {room} tokens for its "
                     f"context, expected at least twice the stride of {stride}"
                 )
             for start, end in _windows(context, tokenizer, room, stride):
-                prompts.append(Prompt(i, qa_prompt(examples[i].question, context[start:end], style), (start, end)))
+                prompts.append(Prompt(i, qa_prompt(views[i].question, context[start:end], style), (start, end)))
     return prompts
 
 
@@ -135,47 +132,49 @@ def _windows(context: str, tokenizer: Tokenizer, room: int, stride: int) -> list
 
 
 def make_features(
-    examples: Sequence[Example],
-    arm: Arm,
-    tokenizer: Tokenizer,
-    max_tokens: int,
-    stride: int,
-    style: Style = "t5",
+    views: Sequence[View], tokenizer: Tokenizer, max_tokens: int, stride: int, style: Style = "t5"
 ) -> tuple[list[Feature], Losses]:
     """Returns what the model is trained on, and the count of what it is not; arguments as for `make_prompts`.
 
-    The target is the first answer, or the words for "no answer".
+    The target is the first answer, or the words for "no answer". Where the context is not to hold the answer, as in the
+    arm `random`, its first window is the example.
     """
-    prompts = make_prompts(examples, arm, tokenizer, max_tokens, stride, style)
-    with_unanswerable = any(example.impossible for example in examples)
-    windows = [0] * len(examples)
+    prompts = make_prompts(views, tokenizer, max_tokens, stride, style)
+    with_unanswerable = any(not view.golds for view in views)
+    windows = [0] * len(views)
     for prompt in prompts:
-        windows[prompt.example] += 1
+        windows[prompt.view] += 1
     losses = Losses(windowed=sum(number > 1 for number in windows))
     answered = set()
     kept: list[tuple[Prompt, str | None]] = []
     for prompt in prompts:
-        example = examples[prompt.example]
-        answer = None if example.impossible else example.answers[0]
-        if answer is not None and windows[prompt.example] > 1:
-            start, end = prompt.span
-            if not start <= answer.start <= answer.start + len(answer.text) <= end:
-                if not with_unanswerable:
-                    losses.excluded_windows += 1
-                    continue
-                answer = None
-        if answer is not None or example.impossible:
-            answered.add(prompt.example)
-        kept.append((prompt, None if answer is None else answer.text))
-    losses.lost_answers = len(examples) - len(answered)
+        view = views[prompt.view]
+        answer = view.golds[0] if view.golds else None
+        if answer is not None and windows[prompt.view] > 1 and not _shows(prompt, view):
+            if view.at is None or not with_unanswerable:
+                losses.excluded_windows += 1
+                continue
+            answer = None
+        if answer is not None or not view.golds:
+            answered.add(prompt.view)
+        kept.append((prompt, answer))
+    losses.lost_answers = len(views) - len(answered)
     sources = prompt_ids([prompt.text for prompt, _ in kept], tokenizer, style)
     targets = continuation_ids([qa_target(answer, style) for _, answer in kept], tokenizer, style)
     feature = Feature if style == "t5" else CausalFeature
     features = [
-        feature(examples[prompt.example].id, source, target)
+        feature(views[prompt.view].id, source, target)
         for (prompt, _), source, target in zip(kept, sources, targets, strict=True)
     ]
     return features, losses
+
+
+def _shows(prompt: Prompt, view: View) -> bool:
+    """Whether the window holds the answer, or is the first of a context that does not hold it anywhere."""
+    start, end = prompt.span
+    if view.at is None:
+        return start == 0
+    return start <= view.at and view.at + len(view.golds[0]) <= end
 
 
 def check_context(features: Sequence[Feature], context_length: int | None) -> None:

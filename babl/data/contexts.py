@@ -1,13 +1,357 @@
-"""What the model may see beside the question: the arms of the experiment."""
+"""What the model may see beside the question: the arms of the experiment.
 
-from typing import Literal, get_args
+Each arm is a pure function of (seed, question id) and the set of the question, so anybody gets the same contexts from
+the same file. What an arm promises is asserted as it is built; a question for which it cannot be built is left out and
+the reason is told.
 
+Ref: Longpre et al. 2021 (counterfactual); Kaushik and Lipton 2018 (context-only).
+"""
+
+import random
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from babl.data.kinds import answer_kind
 from babl.data.squad import Example
+from babl.text.normalize import normalize_answer
 
-Arm = Literal["none", "gold"]
-ARMS: tuple[Arm, ...] = get_args(Arm)
+TrainArm = Literal[
+    "none", "blank", "random", "same-article", "answer-removed", "gold", "gold+distractors", "mixture", "context-only"
+]
+TestArm = Literal[
+    "none",
+    "blank",
+    "random",
+    "same-article",
+    "answer-removed",
+    "gold",
+    "gold+distractors",
+    "context-only",
+    "counterfactual",
+    "shuffled",
+]
+TRAIN_ARMS: tuple[TrainArm, ...] = get_args(TrainArm)
+TEST_ARMS: tuple[TestArm, ...] = get_args(TestArm)
+Arm = TrainArm | TestArm
+
+FILLER = "There is no text here. Nothing is said about the question. "
+LENGTH_TOLERANCE = 0.1  # how far a random context may be from the gold one's number of words
+DISTRACTORS = 2
+SHOWN = 0.5  # share of the questions that the mixture shows with their context
+NEIGHBOURS = 10  # most similar questions whose answers may stand in for a counterfactual one
 
 
-def context_for(example: Example, arm: Arm) -> str | None:
-    """Returns the context of this arm, or None where the model sees the question alone."""
-    return example.context if arm == "gold" else None
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a model is shown of a question, and what it should answer.
+
+    Attributes:
+        id: Of the question.
+        question: x; empty where it is withheld.
+        context: c, or None where the question stands alone.
+        golds: Every accepted answer; none where "unanswerable" is right.
+        at: Code point of the context at which the first gold begins; None where the context does not hold it.
+    """
+
+    id: str
+    question: str
+    context: str | None
+    golds: tuple[str, ...] = ()
+    at: int | None = None
+
+
+def see(examples: Sequence[Example], arm: Arm, seed: int = 0) -> tuple[list[View], dict[str, str]]:
+    """Returns what each question looks like in this arm, and the reason by id where it cannot be built.
+
+    * none: the question alone. blank: as many words of filler as the paragraph has.
+    * random: a paragraph of another article, within 10 % of the words, longer ones cut.
+    * same-article: another paragraph of the article, without any gold answer.
+    * answer-removed: the paragraph without the sentences that hold a gold answer.
+    * gold: the paragraph. gold+distractors: with the two likeliest others of its article around it in random order.
+    * mixture: gold for half of the questions, none for the others. context-only: the paragraph without the question.
+    * counterfactual: the answer replaced throughout by that of a similar question, which is right then.
+    * shuffled: the paragraph's sentences in random order.
+
+    Args:
+        examples: The whole set; its paragraphs are what random, same-article and distracting ones are drawn from.
+        arm: Which.
+        seed: With the question's id, decides every draw.
+    """
+    pool = _Pool(examples)
+    build = _BUILDERS[arm]
+    views, missing = [], {}
+    for example in examples:
+        try:
+            view = build(pool, pool.at[example.id], random.Random(f"{seed}/{arm}/{example.id}"))
+        except _CannotBeBuilt as reason:
+            missing[example.id] = str(reason)
+            continue
+        if view.at is not None:
+            assert view.context is not None and view.context.startswith(view.golds[0], view.at), (arm, view)
+        views.append(view)
+    return views, missing
+
+
+def sentences(text: str) -> list[tuple[int, int]]:
+    """Returns the code point spans of the sentences, by punctuation followed by a capital, digit or quote."""
+    starts = [0, *(match.end() for match in _SENTENCE_END.finditer(text))]
+    ends = [*starts[1:], len(text)]
+    spans = [(start, start + len(text[start:end].rstrip())) for start, end in zip(starts, ends, strict=True)]
+    return [(start, end) for start, end in spans if end > start]
+
+
+_SENTENCE_END = re.compile(
+    r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\bMr\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bMrs\.)(?<!\bvs\.)[\"'”’)\]]*\s+(?=[\"'“‘(\[]?[A-Z0-9])"
+)
+
+
+def holds(context: str, golds: Iterable[str]) -> bool:
+    """Returns whether any gold stands in the context, as whole words, both normalised."""
+    return _holds(f" {normalize_answer(context)} ", golds)
+
+
+def _holds(padded: str, golds: Iterable[str]) -> bool:
+    return any(normal and f" {normal} " in padded for normal in map(normalize_answer, golds))
+
+
+class _CannotBeBuilt(Exception):
+    """The reason, in words."""
+
+
+class _Pool:
+    """The paragraphs and questions of a set, by length, by article and by likeness, in any order."""
+
+    def __init__(self, examples: Sequence[Example]):
+        self.examples = sorted(examples, key=lambda e: e.id)
+        self.at = {e.id: i for i, e in enumerate(self.examples)}
+        self.articles: dict[str, dict[str, str]] = {}  # title -> context -> normalised, between spaces
+        for e in self.examples:
+            article = self.articles.setdefault(e.title, {})
+            if e.context not in article:
+                article[e.context] = f" {normalize_answer(e.context)} "
+
+    @cached_property
+    def by_length(self) -> list[tuple[int, str, str]]:
+        """(words, title, context), sorted."""
+        return sorted(
+            (len(context.split()), title, context) for title, article in self.articles.items() for context in article
+        )
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return [words for words, _, _ in self.by_length]
+
+    def others(self, example: Example) -> list[str]:
+        """Returns the other paragraphs of the article that hold no gold answer."""
+        golds = _golds(example)
+        article = self.articles[example.title]
+        return [c for c, normal in article.items() if c != example.context and not _holds(normal, golds)]
+
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        """The row of each paragraph in `paragraph_vectors`."""
+        return {context: row for row, (_, _, context) in enumerate(self.by_length)}
+
+    @cached_property
+    def paragraph_vectors(self) -> tuple[Any, Any]:
+        """(P, terms) TF-IDF of the paragraphs and (N, terms) of the questions; rows of unit length."""
+        vectorizer = _vectorizer()
+        paragraphs = vectorizer.fit_transform(self.rows)
+        return paragraphs, vectorizer.transform(e.question for e in self.examples)
+
+    @cached_property
+    def question_vectors(self) -> Any:
+        """(N, terms) TF-IDF of the questions, rows of unit length."""
+        return _vectorizer().fit_transform(e.question for e in self.examples)
+
+
+def _vectorizer() -> Any:
+    from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import, and most arms need none
+
+    return TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+")
+
+
+def _golds(example: Example) -> tuple[str, ...]:
+    return tuple(answer.text for answer in example.answers)
+
+
+def _none(pool: _Pool, i: int, rng: random.Random) -> View:
+    example = pool.examples[i]
+    return View(example.id, example.question, None, _golds(example))
+
+
+def _gold(pool: _Pool, i: int, rng: random.Random) -> View:
+    example = pool.examples[i]
+    at = None if example.impossible else example.answers[0].start
+    return View(example.id, example.question, example.context, _golds(example), at)
+
+
+def _blank(pool: _Pool, i: int, rng: random.Random) -> View:
+    words = len(pool.examples[i].context.split())
+    filler = FILLER.split()
+    context = " ".join(filler[k % len(filler)] for k in range(words))
+    return replace(_none(pool, i, rng), context=context)
+
+
+def _random(pool: _Pool, i: int, rng: random.Random) -> View:
+    example = pool.examples[i]
+    words = len(example.context.split())
+    low, high = words * (1 - LENGTH_TOLERANCE), words * (1 + LENGTH_TOLERANCE)
+    first, last = bisect_left(pool.lengths, low), bisect_right(pool.lengths, high)
+    alike = pool.by_length[first:last]
+    chosen = _elsewhere(alike, example, rng) or _elsewhere(pool.by_length[last:], example, rng)
+    if chosen is None:
+        raise _CannotBeBuilt("no paragraph of another article is long enough")
+    context = _cut(chosen, words) if len(chosen.split()) > high else chosen
+    assert chosen not in pool.articles[example.title] and low <= len(context.split()) <= high, example.id
+    return replace(_none(pool, i, rng), context=context)
+
+
+def _elsewhere(rows: list[tuple[int, str, str]], example: Example, rng: random.Random) -> str | None:
+    """Returns a paragraph of another article, or None where the rows have none."""
+    here = [k for k, (_, title, _) in enumerate(rows) if title == example.title]
+    if len(rows) == len(here):
+        return None
+    at = rng.randrange(len(rows) - len(here))  # the at-th of those elsewhere
+    for k in here:
+        at += k <= at
+    return rows[at][2]
+
+
+def _cut(text: str, words: int) -> str:
+    """Returns the text up to its words-th word."""
+    ends = [match.end() for match in re.finditer(r"\S+", text)]
+    return text[: ends[words - 1]]
+
+
+def _same_article(pool: _Pool, i: int, rng: random.Random) -> View:
+    others = pool.others(pool.examples[i])
+    if not others:
+        raise _CannotBeBuilt("no other paragraph of the article is without the answer")
+    return replace(_none(pool, i, rng), context=rng.choice(others))
+
+
+def _answer_removed(pool: _Pool, i: int, rng: random.Random) -> View:
+    example = pool.examples[i]
+    golds = _golds(example)
+    if not any(map(normalize_answer, golds)):
+        raise _CannotBeBuilt("there is no answer to remove")
+    kept = []
+    for start, end in sentences(example.context):
+        overlaps = any(a.start < end and start < a.start + len(a.text) for a in example.answers)
+        if not overlaps and not holds(example.context[start:end], golds):
+            kept.append(example.context[start:end])
+    context = " ".join(kept)
+    if not kept:
+        raise _CannotBeBuilt("every sentence holds the answer")
+    if holds(context, golds):
+        raise _CannotBeBuilt("the answer stands across sentences")
+    return replace(_none(pool, i, rng), context=context)
+
+
+def _gold_and_distractors(pool: _Pool, i: int, rng: random.Random) -> View:
+    example = pool.examples[i]
+    others = pool.others(example)
+    if len(others) < DISTRACTORS:
+        raise _CannotBeBuilt(f"the article has fewer than {DISTRACTORS} other paragraphs without the answer")
+    paragraphs, questions = pool.paragraph_vectors
+    likeness = (paragraphs[[pool.rows[context] for context in others]] @ questions[i].T).toarray().ravel()
+    nearest = np.argsort(-likeness, kind="stable")[:DISTRACTORS]
+    shown = [example.context, *(others[k] for k in nearest)]
+    rng.shuffle(shown)
+    view = _gold(pool, i, rng)
+    before = sum(len(context) + 1 for context in shown[: shown.index(example.context)])
+    return replace(view, context=" ".join(shown), at=None if view.at is None else before + view.at)
+
+
+def _mixture(pool: _Pool, i: int, rng: random.Random) -> View:
+    return (_gold if rng.random() < SHOWN else _none)(pool, i, rng)
+
+
+def _context_only(pool: _Pool, i: int, rng: random.Random) -> View:
+    return replace(_gold(pool, i, rng), question="")
+
+
+def _counterfactual(pool: _Pool, i: int, rng: random.Random) -> View:
+    example = pool.examples[i]
+    golds = _golds(example)
+    if not any(map(normalize_answer, golds)):
+        raise _CannotBeBuilt("there is no answer to replace")
+    substitutes = _similar_answers(pool, i)
+    if not substitutes:
+        raise _CannotBeBuilt("no similar question has another answer of the same kind")
+    new = rng.choice(substitutes)
+    context = example.context
+    for old in sorted(golds, key=len, reverse=True):
+        context = re.sub(_words(old), lambda _: new, context)
+    if holds(context, golds):
+        raise _CannotBeBuilt("the answer stands in the context in another form")
+    found = re.search(_words(new), context)
+    if found is None:
+        raise _CannotBeBuilt("the answer is no whole word of the context")
+    return View(example.id, example.question, context, (new,), found.start())
+
+
+def _words(text: str) -> str:
+    """Returns a pattern for the text where it begins and ends with words."""
+    return rf"(?<!\w){re.escape(text)}(?!\w)"
+
+
+def _similar_answers(pool: _Pool, i: int) -> list[str]:
+    """Returns answers of the same kind to the most similar questions elsewhere, each as often as found."""
+    example = pool.examples[i]
+    vectors = pool.question_vectors
+    likeness = (vectors @ vectors[i].T).toarray().ravel()
+    kind = answer_kind(example.answers[0].text)
+    found: list[str] = []
+    for j in np.argsort(-likeness, kind="stable"):
+        other = pool.examples[j]
+        if other.title == example.title or other.impossible or answer_kind(other.answers[0].text) != kind:
+            continue
+        text = other.answers[0].text
+        if not holds(example.context, [text]) and normalize_answer(text):
+            found.append(text)
+            if len(found) == NEIGHBOURS:
+                break
+    return found
+
+
+def _shuffled(pool: _Pool, i: int, rng: random.Random) -> View:
+    view = _gold(pool, i, rng)
+    context = pool.examples[i].context
+    spans = sentences(context)
+    if len(spans) < 2:
+        raise _CannotBeBuilt("the context is a single sentence")
+    order = spans
+    while order == spans:
+        order = rng.sample(spans, len(spans))
+    pieces = [context[start:end] for start, end in order]
+    if view.at is None:
+        return replace(view, context=" ".join(pieces))
+    last = view.at + len(view.golds[0])
+    home = [k for k, (start, end) in enumerate(order) if start <= view.at and last <= end]
+    if not home:
+        raise _CannotBeBuilt("the answer stands across sentences")
+    before = sum(len(piece) + 1 for piece in pieces[: home[0]])
+    return replace(view, context=" ".join(pieces), at=before + view.at - order[home[0]][0])
+
+
+_BUILDERS: dict[str, Callable[[_Pool, int, random.Random], View]] = {
+    "none": _none,
+    "blank": _blank,
+    "random": _random,
+    "same-article": _same_article,
+    "answer-removed": _answer_removed,
+    "gold": _gold,
+    "gold+distractors": _gold_and_distractors,
+    "mixture": _mixture,
+    "context-only": _context_only,
+    "counterfactual": _counterfactual,
+    "shuffled": _shuffled,
+}

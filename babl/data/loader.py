@@ -17,9 +17,17 @@ _STEP, _EXAMPLE, _WORD = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 2**64
 
 @dataclass
 class BatchConfig:
-    """Tokens of a step on all ranks, padding included, and the parts each rank computes its share in."""
+    """A step's batch on all ranks, and the parts each rank computes its share in.
+
+    Attributes:
+        tokens: Most tokens, padding included; examples of about equal lengths come together.
+        examples: Above 0, as many examples a step instead, in an order that does not depend on their lengths: what arms
+            of different lengths need to be trained on the same questions in the same steps.
+        accumulation: Parts of each rank's share.
+    """
 
     tokens: int = 8192
+    examples: int = 0
     accumulation: int = 1
 
 
@@ -27,7 +35,7 @@ Lengths = Sequence[tuple[int, int]]  # of each example: tokens of its source and
 
 
 def plan_epoch(lengths: Lengths, budget: int, seed: int, epoch: int) -> list[list[int]]:
-    """Returns the epoch's batches, each a list of example indices of about equal lengths.
+    """Returns the epoch's batches by tokens, each a list of example indices of about equal lengths.
 
     Args:
         lengths: Of the examples.
@@ -35,9 +43,7 @@ def plan_epoch(lengths: Lengths, budget: int, seed: int, epoch: int) -> list[lis
         seed: With `epoch`, decides the order.
         epoch: Counts from 0.
     """
-    rng = random.Random(f"{seed}/{epoch}")
-    order = list(range(len(lengths)))
-    rng.shuffle(order)
+    rng, order = _shuffled(len(lengths), seed, epoch)
     average = max(1, sum(map(sum, lengths)) // len(lengths))
     pool = max(1, POOL * budget // average)
     batches: list[list[int]] = []
@@ -48,6 +54,19 @@ def plan_epoch(lengths: Lengths, budget: int, seed: int, epoch: int) -> list[lis
         batches += min((_cut(by_sum, lengths, budget), _cut(by_target, lengths, budget)), key=partial(padded, lengths))
     rng.shuffle(batches)
     return batches
+
+
+def deal_epoch(number: int, examples: int, seed: int, epoch: int) -> list[list[int]]:
+    """Returns the epoch's batches of so many examples each, the last perhaps fewer: a function of the number alone."""
+    _, order = _shuffled(number, seed, epoch)
+    return [order[at : at + examples] for at in range(0, number, examples)]
+
+
+def _shuffled(number: int, seed: int, epoch: int) -> tuple[random.Random, list[int]]:
+    rng = random.Random(f"{seed}/{epoch}")
+    order = list(range(number))
+    rng.shuffle(order)
+    return rng, order
 
 
 def _cut(order: list[int], lengths: Lengths, budget: int) -> list[list[int]]:
@@ -71,35 +90,41 @@ def padded(lengths: Lengths, batches: list[list[int]]) -> int:
 class Loader:
     """Deals the batches of epoch after epoch to this rank's micro-batches; its place is two integers."""
 
-    def __init__(self, lengths: Lengths, budget: int, seed: int, rank: int, world: int, accumulation: int):
+    def __init__(self, lengths: Lengths, cfg: BatchConfig, seed: int, rank: int, world: int):
         if not lengths:
             raise UserError("data.train has no example to train on")
         longest = max(map(sum, lengths))
-        if longest > budget:
-            raise UserError(f"batch.tokens is {budget}, but the longest example has {longest} tokens")
-        self.lengths, self.budget, self.seed = lengths, budget, seed
-        self.first, self.slots, self.accumulation = rank * accumulation, world * accumulation, accumulation
+        if not cfg.examples and longest > cfg.tokens:
+            raise UserError(f"batch.tokens is {cfg.tokens}, but the longest example has {longest} tokens")
+        self.lengths, self.cfg, self.seed = lengths, cfg, seed
+        self.first, self.slots = rank * cfg.accumulation, world * cfg.accumulation
         self.epoch = self.batch = 0
-        self.plan = plan_epoch(lengths, budget, seed, 0)
+        self.plan = self._plan()
+
+    def _plan(self) -> list[list[int]]:
+        if self.cfg.examples:
+            return deal_epoch(len(self.lengths), self.cfg.examples, self.seed, self.epoch)
+        return plan_epoch(self.lengths, self.cfg.tokens, self.seed, self.epoch)
 
     def next_step(self) -> list[list[int]]:
         """Returns the example indices of each of this rank's micro-batches of the next step."""
         if self.batch == len(self.plan):
             self.epoch, self.batch = self.epoch + 1, 0
-            self.plan = plan_epoch(self.lengths, self.budget, self.seed, self.epoch)
+            self.plan = self._plan()
         batch = self.plan[self.batch]
         self.batch += 1
-        return [batch[self.first + slot :: self.slots] for slot in range(self.accumulation)]
+        return [batch[self.first + slot :: self.slots] for slot in range(self.cfg.accumulation)]
 
     def longest(self) -> list[int]:
         """Returns a micro-batch as large as any: this machine's share of the longest examples that make a batch."""
         order = sorted(range(len(self.lengths)), key=lambda i: sum(self.lengths[i]), reverse=True)
-        return _cut(order, self.lengths, self.budget)[0][:: self.slots]
+        batch = order[: self.cfg.examples] if self.cfg.examples else _cut(order, self.lengths, self.cfg.tokens)[0]
+        return batch[:: self.slots]
 
     def state(self) -> dict[str, int]:
         """Returns where the loader stands, and what the order of its examples follows from."""
-        order = {"seed": self.seed, "tokens": self.budget, "examples": len(self.lengths)}
-        return order | {"epoch": self.epoch, "batch": self.batch}
+        order = {"seed": self.seed, "tokens": self.cfg.tokens, "a_step": self.cfg.examples}
+        return order | {"examples": len(self.lengths), "epoch": self.epoch, "batch": self.batch}
 
     def restore(self, state: dict[str, int]) -> None:
         """The next step is the one after `state`.
@@ -108,14 +133,20 @@ class Loader:
             UserError: The order of examples is another one now, in which the place means nothing.
         """
         now = self.state()
-        for key, name in (("seed", "run.seed"), ("tokens", "batch.tokens"), ("examples", "examples of data.train")):
+        names = {
+            "seed": "run.seed",
+            "tokens": "batch.tokens",
+            "a_step": "batch.examples",
+            "examples": "number of examples in data.train",
+        }
+        for key, name in names.items():
             if state[key] != now[key]:
                 raise UserError(
                     f"run.resume: {name} is {now[key]}, but was {state[key]} when the checkpoint was saved; begin a "
                     "run of another run.name from it with model.path"
                 )
         self.epoch, self.batch = state["epoch"], state["batch"]
-        self.plan = plan_epoch(self.lengths, self.budget, self.seed, self.epoch)
+        self.plan = self._plan()
 
 
 def dropout_keys(seed: int, step: int, indices: Sequence[int]) -> list[int]:

@@ -1,22 +1,21 @@
 """A model's answers to a data set, and their scores."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from babl.data.collate import make_prompts
-from babl.data.contexts import Arm
-from babl.data.squad import Example, to_squad
+from babl.data.contexts import TestArm, View, see
+from babl.data.squad import Answer, Example, to_squad
+from babl.errors import UserError
+from babl.evaluation.predictions import Asking, Prediction, answer_key, predict, predict_into
 from babl.evaluation.squad import question_scores, score
 from babl.evaluation.statistics import cluster_bootstrap
-from babl.generation import Engine, GenerationConfig
-from babl.generation.sampling import LOOKUP_TOKENS
+from babl.generation import Engine
 from babl.text import Tokenizer
 from babl.text.normalize import normalize_answer
-from babl.text.prompts import clean_answer
 
 
 @dataclass
@@ -42,52 +41,72 @@ class Evaluation:
 def evaluate(
     engine: Engine,
     examples: list[Example],
-    arm: Arm,
-    max_source_tokens: int = 512,
-    stride: int = 128,
-    max_new_tokens: int = 64,
-    progress: bool = True,
+    arm: TestArm,
+    asking: Asking,
+    context_seed: int = 0,
+    model: Path | None = None,
+    out: Path | None = None,
 ) -> Evaluation:
     """Returns the answers of a model and their scores, with a 95 % interval clustered by article.
 
-    Where a context takes several windows, the answer that the model finds likeliest wins.
-
     Args:
         engine: Answers.
-        examples: The questions.
+        examples: The questions; those that the arm cannot be built for are left out and counted.
         arm: Which context they see.
-        max_source_tokens: Longest prompt in tokens; longer contexts are read through windows.
-        stride: Tokens neighbouring windows share.
-        max_new_tokens: Most tokens of an answer.
-        progress: Whether stderr shows a bar.
+        asking: How prompts are cut and answers ended.
+        context_seed: Of the arm's draws.
+        model: The engine's folder.
+        out: A folder that keeps each answer as it comes, so that a killed evaluation goes on; with `model` alone.
+
+    Raises:
+        UserError: The arm cannot be built for any question.
     """
-    prompts = make_prompts(examples, arm, engine.tokenizer, max_source_tokens, stride, engine.style)
-    config = GenerationConfig(max_new_tokens, prompt_lookup_num_tokens=LOOKUP_TOKENS)
-    answers = engine.answer([prompt.text for prompt in prompts], config, progress=progress)
-    best: dict[int, Any] = {}
-    for prompt, answer in zip(prompts, answers, strict=True):
-        if prompt.example not in best or answer.log_prob > best[prompt.example].log_prob:
-            best[prompt.example] = answer
-    predictions = {examples[i].id: clean_answer(answer.text) for i, answer in sorted(best.items())}
-    data = to_squad(examples)
-    scores = question_scores(data, predictions)
-    titles = [s.title for s in scores.values()]
-    exact = np.array([100 * s.exact for s in scores.values()])
-    grades = sorted({s.grade for s in scores.values()} - {""})
-    metrics = score(data, predictions) | {
-        "exact_interval": cluster_bootstrap(exact, titles),
-        "articles": len(set(titles)),
+    views, missing = see(examples, arm, context_seed)
+    if not views:
+        raise UserError(
+            f"--context {arm} can be built for none of {len(examples)} questions: {missing[examples[0].id]}"
+        )
+    if model and out:
+        key = answer_key(engine, model, views, asking)
+        predictions = predict_into(out / f"predictions-{arm}.jsonl", engine, views, asking, key)
+    else:
+        predictions = predict(engine, views, asking)
+    metrics = summarize(asked(examples, views), predictions)
+    metrics |= {
         "attainable_exact": attainable_exact(engine.tokenizer, examples),
         "context": arm,
-        "windowed": len(prompts) - len(examples),
-        "empty": sum(not text for text in predictions.values()),
-        "cut_off": sum(not answer.complete for answer in best.values()),
+        "not_built": len(missing),
     }
+    return Evaluation({p.id: p.prediction for p in predictions}, metrics)
+
+
+def asked(examples: list[Example], views: list[View]) -> dict[str, Any]:
+    """Returns the data set that the views ask, with the answers that are right for them, as a parsed SQuAD file."""
+    golds = {view.id: view.golds for view in views}
+    return to_squad(
+        [replace(e, answers=tuple(Answer(text, 0) for text in golds[e.id])) for e in examples if e.id in golds]
+    )
+
+
+def summarize(data: dict[str, Any], predictions: list[Prediction]) -> dict[str, Any]:
+    """Returns the official metrics in percent, an interval, and what was windowed, empty or cut off."""
+    answers = {p.id: p.prediction for p in predictions}
+    scores = question_scores(data, answers)
+    titles = [s.title for s in scores.values()]
+    exact = np.array([100 * s.exact for s in scores.values()])
+    metrics = score(data, answers) | {
+        "exact_interval": cluster_bootstrap(exact, titles),
+        "articles": len(set(titles)),
+        "windowed": sum(p.windows > 1 for p in predictions),
+        "empty": sum(not p.prediction for p in predictions),
+        "cut_off": sum(not p.complete for p in predictions),
+    }
+    grades = sorted({s.grade for s in scores.values()} - {""})
     if grades:
         metrics["grades"] = {
             grade: 100 * float(np.mean([s.exact for s in scores.values() if s.grade == grade])) for grade in grades
         }
-    return Evaluation(predictions, metrics)
+    return metrics
 
 
 def longest_prompt(engine: Engine, max_new_tokens: int) -> int:

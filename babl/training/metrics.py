@@ -33,10 +33,11 @@ class MetricsLog:
         self.board = _summary_writer(folder) if tensorboard else None
         self.start_clock()
 
-    def write(self, step: int, tokens: float = 0, **values: Any) -> None:
-        """The step's values are on disk; `tokens`, where given, become a rate since `start_clock`."""
+    def write(self, step: int, tokens: int = 0, **values: Any) -> None:
+        """The step's values are on disk; `tokens`, where given, also as a rate since `start_clock`."""
         line: dict[str, Any] = {"step": step, **values}
         if tokens:
+            line["tokens"] = tokens
             line["tokens_per_second"] = round(tokens / (time.perf_counter() - self.clock), 1)
             line["peak_memory_bytes"] = peak_memory()
         try:

@@ -13,7 +13,8 @@ from babl.data.collate import (
     make_features,
     make_prompts,
 )
-from babl.data.squad import Answer, Example, load_squad
+from babl.data.contexts import View, see
+from babl.data.squad import load_squad
 from babl.errors import UserError
 from babl.generation import Engine
 from babl.models.llama import Llama, LlamaConfig
@@ -30,9 +31,9 @@ def tokenizer(tmp_path_factory):
 CONTEXT = " ".join(f"word{i}" for i in range(90))
 
 
-def example(answer, qid="q"):
-    answers = () if answer is None else (Answer(answer, CONTEXT.index(answer)),)
-    return Example(qid, "T", "who", CONTEXT, answers)
+def view(answer, qid="q"):
+    at = None if answer is None else CONTEXT.index(answer)
+    return View(qid, "who", CONTEXT, () if answer is None else (answer,), at)
 
 
 def test_a_batch_shifts_targets_and_ends_them_with_eos():
@@ -78,20 +79,20 @@ def test_what_is_asked_begins_as_what_was_learned_on_the_whole_corpus(shared, na
         model = T5(T5Config(**shape)) if name.endswith("t5") else Llama(LlamaConfig(**shape))
     engine = Engine(model, tokenizer)
     files = [shared / "data/squad" / f"{name}.json" for name in ("train-v1.1-slice", "dev-v1.1-xquad-en")]
-    examples = [example for file in files for example in load_squad(file)]
-    features, losses = make_features(examples, "gold", tokenizer, 10_000, 0, engine.style)
-    prompts = make_prompts(examples, "gold", tokenizer, 10_000, 0, engine.style)
-    assert len(features) == len(prompts) == len(examples) == 5560 and losses.windowed == 0
+    views = [view for file in files for view in see(load_squad(file), "gold")[0]]
+    features, losses = make_features(views, tokenizer, 10_000, 0, engine.style)
+    prompts = make_prompts(views, tokenizer, 10_000, 0, engine.style)
+    assert len(features) == len(prompts) == len(views) == 5560 and losses.windowed == 0
     assert [feature.source for feature in features] == engine._encode([prompt.text for prompt in prompts])
     assert all(feature.target[-1] == tokenizer.eos_id for feature in features)
     if engine.style == "decoder":  # and prompt and answer are what one text would be, without a token across the seam
-        texts = [f"{p.text} {e.answers[0].text}" for p, e in zip(prompts, examples, strict=True)]
+        texts = [f"{p.text} {v.golds[0]}" for p, v in zip(prompts, views, strict=True)]
         whole = [[*tokenizer.prefix_ids, *ids] for ids in tokenizer.encode_batch(texts)]
         assert [feature.source + feature.target[:-1] for feature in features] == whole
 
 
 def test_windows_cover_the_context_overlap_and_keep_the_question(tokenizer):
-    prompts = make_prompts([example("word40")], "gold", tokenizer, max_tokens=60, stride=10)
+    prompts = make_prompts([view("word40")], tokenizer, max_tokens=60, stride=10)
     assert len(prompts) > 1
     assert all(p.text.startswith("question: who context: ") for p in prompts)
     assert all(len(tokenizer.encode(p.text)) < 60 for p in prompts)
@@ -101,8 +102,8 @@ def test_windows_cover_the_context_overlap_and_keep_the_question(tokenizer):
 
 
 def test_training_windows_without_the_answer_are_left_out_and_counted(tokenizer):
-    features, losses = make_features([example("word3")], "gold", tokenizer, 60, 10)
-    windows = len(make_prompts([example("word3")], "gold", tokenizer, 60, 10))
+    features, losses = make_features([view("word3")], tokenizer, 60, 10)
+    windows = len(make_prompts([view("word3")], tokenizer, 60, 10))
     assert len(features) + losses.excluded_windows == windows and losses.excluded_windows > 0
     assert (losses.windowed, losses.lost_answers) == (1, 0)
     for feature in features:
@@ -110,21 +111,26 @@ def test_training_windows_without_the_answer_are_left_out_and_counted(tokenizer)
 
 
 def test_an_answer_too_long_for_any_window_is_counted_as_lost(tokenizer):
-    features, losses = make_features([example(CONTEXT[:600])], "gold", tokenizer, 60, 10)
+    features, losses = make_features([view(CONTEXT[:600])], tokenizer, 60, 10)
     assert (features, losses.lost_answers) == ([], 1)
 
 
 def test_with_unanswerable_questions_a_window_without_the_answer_says_so(tokenizer):
-    features, losses = make_features([example("word3"), example(None, "n")], "gold", tokenizer, 60, 10)
+    features, losses = make_features([view("word3"), view(None, "n")], tokenizer, 60, 10)
     targets = {tokenizer.decode(f.target) for f in features if f.id == "q"}
     assert targets == {"word3", "unanswerable"} and losses.excluded_windows == 0
 
 
-def test_the_arm_without_context_sees_the_question_alone(tokenizer):
-    (prompt,) = make_prompts([example("word3")], "none", tokenizer, 60, 10)
+def test_a_long_context_without_the_answer_is_trained_on_through_its_first_window(tokenizer):
+    features, losses = make_features([View("q", "who", CONTEXT, ("word3",), None)], tokenizer, 60, 10)
+    assert len(features) == 1 and "word0" in tokenizer.decode(features[0].source) and losses.lost_answers == 0
+
+
+def test_without_context_the_prompt_is_the_question_alone(tokenizer):
+    (prompt,) = make_prompts([View("q", "who", None)], tokenizer, 60, 10)
     assert prompt.text == "question: who"
 
 
 def test_a_question_that_leaves_no_room_is_an_error(tokenizer):
     with pytest.raises(UserError, match="max_source_tokens is 20, but question q leaves"):
-        make_prompts([example("word3")], "gold", tokenizer, 20, 10)
+        make_prompts([view("word3")], tokenizer, 20, 10)

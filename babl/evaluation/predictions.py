@@ -1,0 +1,196 @@
+"""A model's answers to many questions, stored line by line: what is killed goes on, and nothing is answered twice."""
+
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from babl.data.collate import make_prompts
+from babl.data.contexts import View
+from babl.errors import UserError
+from babl.generation import Engine, GenerationConfig
+from babl.generation.sampling import LOOKUP_TOKENS
+from babl.text.prompts import CLEAN_ANSWER_VERSION, clean_answer, qa_target
+
+CHUNK = 256  # views answered and stored together, always the same ones, so that rounding does not depend on a kill
+DECIDING = ("models", "generation", "text", "data", "ops.py")  # rooms whose code decides an answer
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One answer.
+
+    Attributes:
+        id: Of the question.
+        prediction: The answer after `clean_answer`.
+        log_prob: Natural logarithm of its probability.
+        tokens: Written, the end included.
+        complete: Whether it ended by itself.
+        windows: Prompts the context was read through.
+        no_answer: Probability of writing that there is no answer, where it was asked for.
+    """
+
+    id: str
+    prediction: str
+    log_prob: float
+    tokens: int
+    complete: bool
+    windows: int
+    no_answer: float | None = None
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are asked.
+
+    Attributes:
+        max_source_tokens: Longest prompt in tokens; longer contexts are read through windows.
+        stride: Tokens neighbouring windows share.
+        max_new_tokens: Most tokens of an answer.
+        no_answer: Whether to score, for each question, that it has none.
+    """
+
+    max_source_tokens: int = 512
+    stride: int = 128
+    max_new_tokens: int = 64
+    no_answer: bool = False
+
+
+def predict(engine: Engine, views: Sequence[View], asking: Asking, progress: bool = True) -> list[Prediction]:
+    """Returns an answer to each view; where a context takes several windows, the likeliest answer of them."""
+    with tqdm(total=len(views), desc="questions", unit="q", disable=not progress) as bar:
+        predictions = []
+        for at in range(0, len(views), CHUNK):
+            predictions += _chunk(engine, views[at : at + CHUNK], asking)
+            bar.update(len(predictions) - at)
+    return predictions
+
+
+def predict_into(
+    path: Path, engine: Engine, views: Sequence[View], asking: Asking, key: str, progress: bool = True
+) -> list[Prediction]:
+    """Returns what `predict` does, each chunk on disk before the next is asked; what the file has stays.
+
+    Args:
+        path: JSON lines, the first one the key's.
+        engine: Answers.
+        views: The questions.
+        asking: How.
+        key: Of everything that decides the answers (`answer_key`); a file of another key is begun anew.
+        progress: Whether stderr shows a bar.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    done = stored(path, key, views)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".tmp")
+        with aside.open("w", encoding="utf-8") as file:
+            _append(file, [{"key": key}, *map(asdict, done)])
+        aside.rename(path)  # without what a crash has cut short
+        with (
+            path.open("a", encoding="utf-8") as file,
+            tqdm(total=len(views), initial=len(done), desc=path.stem, unit="q", disable=not progress) as bar,
+        ):
+            for at in range(len(done), len(views), CHUNK):
+                chunk = _chunk(engine, views[at : at + CHUNK], asking)
+                _append(file, map(asdict, chunk))
+                bar.update(len(chunk))
+                done += chunk
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    return done
+
+
+def stored(path: Path, key: str, views: Sequence[View]) -> list[Prediction]:
+    """Returns the whole chunks that a file of this key has of the views, from the first on."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last one is empty, or was cut short
+    if not lines or json.loads(lines[0]) != {"key": key}:
+        return []
+    whole = len(lines) - 1 if len(lines) - 1 == len(views) else (len(lines) - 1) // CHUNK * CHUNK
+    found = [Prediction(**json.loads(line)) for line in lines[1 : 1 + whole]]
+    if [p.id for p in found] != [view.id for view in views[:whole]]:
+        return []
+    return found
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """Returns the answers in a file of `predict_into`.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
+        return [Prediction(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not the predictions that were written ({error})") from None
+
+
+def answer_key(engine: Engine, folder: Path, views: Sequence[View], asking: Asking) -> str:
+    """Returns a hash of all that decides the answers: weights, tokenizer, questions, decoding, numbers and code."""
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".model", ".json"))
+    parts: Mapping[str, Any] = {
+        # A checkpoint has files of its trainer beside the model's.
+        "model": {p.name: file_hash(p) for p in files if not p.name.startswith(("optimizer", "trainer", "manifest"))},
+        "views": hashlib.sha256("\n".join(map(repr, views)).encode()).hexdigest(),
+        "asking": asdict(asking),
+        "format": f"{next(engine.model.parameters()).dtype} on {engine.device.type}",
+        "cleaning": CLEAN_ANSWER_VERSION,
+        "code": code_hash(DECIDING),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """Returns the sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_hash(rooms: Sequence[str]) -> str:
+    """Returns the sha256, in hex, of the Python sources of these rooms of the package."""
+    home = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    files = [
+        file for room in rooms for file in ([home / room] if room.endswith(".py") else (home / room).rglob("*.py"))
+    ]
+    for path in sorted(files):
+        digest.update(path.relative_to(home).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _chunk(engine: Engine, views: Sequence[View], asking: Asking) -> list[Prediction]:
+    prompts = make_prompts(views, engine.tokenizer, asking.max_source_tokens, asking.stride, engine.style)
+    config = GenerationConfig(asking.max_new_tokens, prompt_lookup_num_tokens=LOOKUP_TOKENS)
+    answers = engine.answer([prompt.text for prompt in prompts], config)
+    windows = Counter(prompt.view for prompt in prompts)
+    best: dict[int, int] = {}  # view -> the prompt whose answer is likeliest
+    for i, prompt in enumerate(prompts):
+        if prompt.view not in best or answers[i].log_prob > answers[best[prompt.view]].log_prob:
+            best[prompt.view] = i
+    chosen = [best[view] for view in range(len(views))]
+    unanswerable: list[float | None] = [None] * len(views)
+    if asking.no_answer:
+        texts = [prompts[i].text for i in chosen]
+        scores = engine.score(texts, [qa_target(None, engine.style)] * len(texts))
+        unanswerable = [math.exp(sum(tokens)) for tokens in scores]
+    return [
+        Prediction(views[k].id, clean_answer(a.text), a.log_prob, len(a.ids), a.complete, windows[k], unanswerable[k])
+        for k, a in enumerate(answers[i] for i in chosen)
+    ]
+
+
+def _append(file: Any, rows: Any) -> None:
+    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    file.flush()
+    os.fsync(file.fileno())

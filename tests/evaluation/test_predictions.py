@@ -1,0 +1,102 @@
+import json
+
+import pytest
+import torch
+
+from babl.data.contexts import see
+from babl.data.fictional import fictional_corpus
+from babl.data.squad import parse_squad
+from babl.errors import UserError
+from babl.evaluation import predictions
+from babl.evaluation.predictions import Asking, answer_key, predict, predict_into, read_predictions
+from babl.evaluation.runner import evaluate
+from babl.generation import Engine
+from babl.models import save_pretrained
+from babl.models.t5 import T5, T5Config
+from babl.text import train_tokenizer
+
+ASKING = Asking(max_source_tokens=128, stride=16, max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return parse_squad(fictional_corpus(1, 2, unanswerable=0.2)[1], "fictional")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, examples):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer([e.context for e in examples], 400, folder)
+    model = T5(T5Config(d_model=16, d_kv=4, d_ff=16, num_heads=2, num_layers=1, vocab_size=tokenizer.vocab_size))
+    model.init_weights(torch.Generator().manual_seed(0))
+    save_pretrained(model, folder)
+    return folder
+
+
+@pytest.fixture
+def engine(folder):
+    return Engine.load(folder, "cpu")
+
+
+def test_predictions_go_on_where_a_kill_has_left_them(tmp_path, monkeypatch, engine, folder, examples):
+    monkeypatch.setattr(predictions, "CHUNK", 10)
+    views, _ = see(examples, "gold")
+    path, key = tmp_path / "a" / "gold.jsonl", answer_key(engine, folder, views, ASKING)
+    whole = predict_into(path, engine, views, ASKING, key, progress=False)
+    written = path.read_bytes()
+    assert whole == predict(engine, views, ASKING, progress=False) == read_predictions(path)
+    asked = []
+
+    def counted(engine, views, asking, chunk=predictions._chunk):
+        asked.extend(views)
+        return chunk(engine, views, asking)
+
+    monkeypatch.setattr(predictions, "_chunk", counted)
+    for cut in (10, len(written) // 2, len(written) - 1, len(written)):
+        path.write_bytes(written[:cut])
+        asked.clear()
+        assert predict_into(path, engine, views, ASKING, key, progress=False) == whole
+        assert path.read_bytes() == written
+        lines = max(0, written[:cut].count(b"\n") - 1)
+        assert len(asked) == (0 if lines == len(views) else len(views) - lines // 10 * 10)
+
+
+def test_the_key_names_everything_that_decides_an_answer(engine, folder, examples, tmp_path):
+    views, _ = see(examples, "gold")
+    keys = {
+        answer_key(engine, folder, views, ASKING),
+        answer_key(engine, folder, views[1:], ASKING),
+        answer_key(engine, folder, views, Asking(128, 16, 5)),
+    }
+    weights = folder / "model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    keys.add(answer_key(engine, folder, views, ASKING))
+    weights.write_bytes(kept)
+    assert len(keys) == 4
+    path = tmp_path / "p.jsonl"
+    predict_into(path, engine, views, ASKING, "one", progress=False)
+    predict_into(path, engine, views[:3], ASKING, "two", progress=False)
+    assert json.loads(path.read_text().splitlines()[0]) == {"key": "two"} and len(read_predictions(path)) == 3
+
+
+def test_the_probability_of_no_answer_is_that_of_writing_so(engine, examples):
+    views, _ = see(examples[:4], "gold")
+    asked = predict(engine, views, Asking(128, 16, 4, no_answer=True), progress=False)
+    assert all(0 < p.no_answer < 1 for p in asked)
+    assert [p.no_answer for p in predict(engine, views, ASKING, progress=False)] == [None] * 4
+
+
+def test_an_evaluation_leaves_out_what_cannot_be_built_and_scores_new_golds(engine, examples):
+    result = evaluate(engine, examples, "counterfactual", ASKING)
+    assert result.metrics["not_built"] == len(examples) - result.metrics["total"] > 0
+    one_article = [e for e in examples if e.title == examples[0].title]
+    with pytest.raises(UserError, match="--context random can be built for none of"):
+        evaluate(engine, one_article, "random", ASKING)
+
+
+def test_a_file_of_something_else_is_named(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text("{}\n{}\n")
+    with pytest.raises(UserError, match=r"p\.jsonl: not the predictions that were written"):
+        read_predictions(path)

@@ -308,7 +308,7 @@ def power(effect: float, standard_error: float, level: float = 0.05, df: float =
         critical = stats.norm.isf(level / 2)
         return float(stats.norm.sf(critical - shift) + stats.norm.cdf(-critical - shift))
     critical = stats.t.isf(level / 2, df)
-    return float(stats.nct.sf(critical, df, shift) + stats.nct.cdf(-critical, df, shift))
+    return float(stats.nct.sf(critical, df, shift) + stats.nct.sf(critical, df, -shift))
 
 
 def minimal_detectable_effect(

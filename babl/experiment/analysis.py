@@ -442,8 +442,8 @@ def counterfactual(results: Results) -> list[Row]:
     if REWRITTEN not in results.plan["tests"]:
         return []
     original = to_squad(results.test)
-    grades = np.array([e.grade for e in results.test])
-    parts = {"all": np.ones(len(grades), bool)} | {g: grades == g for g in dict.fromkeys(grades) if g}
+    grades = stratify(results.test, results.classes).get("grade", {})
+    parts = {"all": np.ones(len(results.test), bool)} | grades
     rows = []
     for model in results.plan["models"]:
         for arm in results.plan["arms"]:

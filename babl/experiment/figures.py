@@ -34,6 +34,7 @@ STYLE = {
     "axes.titlelocation": "left",
     "legend.frameon": False,
     "legend.fontsize": 9,
+    "axes.formatter.use_mathtext": True,
 } | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK)
 
 # Okabe and Ito 2008, with shades beside it.
@@ -79,24 +80,20 @@ def picture(name: str, draw: Draw, rows: list[Row]) -> str:
 def forest(figure: Figure, rows: list[Row]) -> None:
     """Every contrast with its interval; hollow where the plan does not name it."""
     rows = [row for row in rows if row["seeds"]]
-    figure.set_figheight(0.9 + 1.75 * LINE * len(rows))
+    figure.set_figheight(0.8 + 1.6 * LINE * len(rows))
     axes = figure.subplots()
+    axes.axvline(0, color=INK, linewidth=0.8)
+    labels = []
     for y, row in enumerate(rows):
         planned = row["role"] != "post hoc"
         colour = COLOURS["gold"] if "primary" in row["role"] else COLOURS["random"] if planned else GREY
         axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=2)
         axes.plot(row["difference"], y, "o", color=colour, markerfacecolor=colour if planned else "none")
         interval = f"{_signed(row['difference'])} [{_signed(row['low'])}, {_signed(row['high'])}]"
-        axes.annotate(
-            f"{row['contrast']}   {interval}",
-            (0, y - 0.32),
-            xycoords=axes.get_yaxis_transform(),
-            fontsize=9,
-            va="center",
-        )
-    axes.axvline(0, color=INK, linewidth=0.8)
-    axes.set(ylim=(len(rows) - 0.5, -0.7), xlabel="difference, points")
-    axes.set_yticks([])
+        labels.append(f"{row['contrast']}\n{interval}")
+    axes.set_yticks(range(len(rows)), labels, fontsize=9)
+    axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="difference, points")
+    axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, -2), max(high, 2))

@@ -192,7 +192,7 @@ def answer(report: dict[str, Any], model: str) -> str:
     between = " and ".join(
         f"{percent(levels[side])} % {IN_WORDS.get(side, f'in arm {side}')}" for side in (a, b) if side in levels
     )
-    text = f"{verdict}. {METRICS[metric].capitalize()} is {between}: {difference(row)} points, p {p_value(row['p'])}."
+    text = f"{verdict}. {METRICS[metric].capitalize()} is {between}: {difference(row)} points, p {is_p(row['p'])}."
     placebo = next((r for r in rows if (r["a"], r["b"]) == (a, "random")), None)
     return text + (f" Against another article's text of the same length it is {difference(placebo)}." if placebo else "")
 
@@ -224,7 +224,8 @@ def render(name: str, report: dict[str, Any], drawn: list[dict[str, Any]]) -> st
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {
-        "percent": percent, "points": points, "p": p_value, "count": count, "big": big, "difference": difference,
+        "percent": percent, "points": points, "p": p_value, "is_p": is_p, "count": count, "big": big,
+        "difference": difference,
     }  # fmt: skip
     return environment.get_template(name).render(
         report=report,
@@ -292,12 +293,18 @@ def difference(row: Row) -> str:
 
 
 def p_value(value: float | None) -> str:
-    """= .013, < .001, or a dash where there is none."""
+    """.013, < .001, or a dash where there is none."""
     if value is None:
         return "–"
     if value < 0.001:
         return "< .001"
-    return "= " + (f"{value:.3f}" if value < 0.1 else f"{value:.2f}").removeprefix("0")
+    return (f"{value:.3f}" if value < 0.1 else f"{value:.2f}").removeprefix("0")
+
+
+def is_p(value: float) -> str:
+    """= .013 or < .001, to follow the letter p."""
+    text = p_value(value)
+    return text if text.startswith("<") else f"= {text}"
 
 
 def count(value: float | None) -> str:

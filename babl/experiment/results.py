@@ -169,7 +169,8 @@ def read_results(folder: Path) -> Results:
         _check(folder / "data" / name, expected, "the plan")
     test = load_squad(folder / "data" / "test.json")
     scorer = _Scorer(test, plan["data"]["context_seed"])
-    named = sorted(plan["cells"], key=lambda cell: (cell["model"], cell["arm"], cell["seed"]))
+    order = {name: i for i, name in enumerate([*plan["models"], *plan["arms"]])}
+    named = sorted(plan["cells"], key=lambda cell: (order[cell["model"]], order[cell["arm"]], cell["seed"]))
     there = {path.name for path in (folder / "cells").iterdir()} if (folder / "cells").is_dir() else set()
     return Results(
         plan=plan,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from babl.data.contexts import sentences
+from babl.data.fictional import GRADES
 from babl.data.kinds import ANSWER_KINDS, QUESTION_KINDS, answer_kind, question_kind
 from babl.data.squad import Example
 from babl.text.normalize import normalize_answer
@@ -47,7 +48,7 @@ def stratify(test: Sequence[Example], classes: Mapping[str, Mapping[str, str]]) 
     if max(agreeing) > 1:
         values["annotators agreeing"] = ([], [str(min(n, 5)) + ("+" if n >= 5 else "") for n in agreeing])
     if any(e.grade for e in test):
-        values["grade"] = ([], [e.grade or "none" for e in test])
+        values["grade"] = (GRADES, [e.grade or "none" for e in test])
     for threshold, of in sorted(classes.items(), reverse=True):
         values[f"overlap class ({threshold})"] = (("question", "answer", "none"), [of[e.id] for e in test])
     return {name: _masks(order, found) for name, (order, found) in values.items()}

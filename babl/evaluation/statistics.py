@@ -1,10 +1,10 @@
 """How sure a score is, when questions come in articles and models from seeds.
 
 Three estimands, each a mean over questions (micro), in the unit of the scores that are passed:
-these trained models on more articles (`cluster_bootstrap`, `cluster_standard_error`, `randomisation_test`);
-this training procedure, new seeds and new articles alike (`crossed_interval`, `crossed_test`, `crossed_bootstrap`): primary;
-these questions alone, each as if independent of the others (`mcnemar`): naive, because an article's questions are not.
-A contrast passes the difference of two arms that share seeds and questions, (S, N); everything here is about its mean.
+- this procedure, on new seeds and new articles: `crossed_interval`, `crossed_test`, `crossed_bootstrap`. Primary.
+- these trained models, on new articles: `cluster_bootstrap`, `cluster_standard_error`, `randomisation_test`.
+- these trained models, on questions each independent of the others: `mcnemar`. Naive, since an article's are alike.
+A contrast passes the differences (S, N) of two arms that share seeds and questions; the null is a mean of 0.
 """
 
 import math
@@ -102,19 +102,12 @@ def crossed_standard_error(values: np.ndarray, clusters: Sequence[str]) -> tuple
     mean = seeds.mean()
     left_out = share / (1 - share) * math.sqrt((n_articles - 1) / n_articles)  # (C,) weights of the jackknife
     between_articles = ((left_out * (articles - mean)) ** 2).sum()
-    df_articles = max(1 / (share**2).sum() - 1, 1.0)
-    if n_seeds == 1:
-        return float(np.sqrt(between_articles)), float(df_articles)
-    between_seeds = seeds.var(ddof=1) / n_seeds
-    peculiar = cells - seeds[:, None] - articles + mean  # (S, C)
-    both = ((left_out * peculiar) ** 2).sum() / (n_seeds * (n_seeds - 1))
-    variance = max(between_seeds + between_articles - both, both)
-    df_least = min(n_seeds - 1.0, df_articles)
-    if variance == 0:
-        return 0.0, float(df_least)
-    shares = np.array([between_seeds, between_articles]) / variance
-    df = 1 / (shares**1.5 / [n_seeds - 1, df_articles]).sum()
-    return float(np.sqrt(variance)), float(max(df, df_least))
+    between_seeds = both = 0.0
+    if n_seeds > 1:
+        between_seeds = seeds.var(ddof=1) / n_seeds
+        peculiar = cells - seeds[:, None] - articles + mean  # (S, C)
+        both = ((left_out * peculiar) ** 2).sum() / (n_seeds * (n_seeds - 1))
+    return _crossed_error(between_seeds, between_articles, both, n_seeds, share)
 
 
 def crossed_interval(values: np.ndarray, clusters: Sequence[str], *, level: float = 0.95) -> tuple[float, float]:
@@ -238,23 +231,22 @@ def variance_components(values: np.ndarray, clusters: Sequence[str]) -> dict[str
     return {name: max(float(part), 0.0) for name, part in parts.items()}
 
 
-def expected_standard_error(components: Mapping[str, float], seeds: int, article_sizes: Sequence[int]) -> float:
-    """Returns the standard error that a mean over so many seeds and such articles is going to have.
+def expected_standard_error(
+    components: Mapping[str, float], seeds: int, article_sizes: Sequence[int]
+) -> tuple[float, float]:
+    """Returns what `crossed_standard_error` is going to be for so many seeds and such articles: error and degrees.
 
     Args:
         components: Of `variance_components`.
         seeds: S.
         article_sizes: Questions of each article.
     """
-    sizes = np.asarray(article_sizes, float)
-    questions = sizes.sum()
-    variance = (
-        components["seed"] / seeds
-        + components["article"] * (sizes**2).sum() / questions**2
-        + components["question"] / questions
-        + components["residual"] / (seeds * questions)
-    )
-    return float(np.sqrt(variance))
+    questions = sum(article_sizes)
+    share = np.asarray(article_sizes) / questions  # (C,)
+    both = components["residual"] / (seeds * questions)
+    between_seeds = components["seed"] / seeds + both
+    between_articles = components["article"] * float((share**2).sum()) + components["question"] / questions + both
+    return _crossed_error(between_seeds, between_articles, both, seeds, share)
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
@@ -303,12 +295,7 @@ def power(effect: float, standard_error: float, level: float = 0.05, df: float =
         level: Of the test.
         df: Of the standard error; infinite where it is known.
     """
-    shift = effect / standard_error
-    if math.isinf(df):
-        critical = stats.norm.isf(level / 2)
-        return float(stats.norm.sf(critical - shift) + stats.norm.cdf(-critical - shift))
-    critical = stats.t.isf(level / 2, df)
-    return float(stats.nct.sf(critical, df, shift) + stats.nct.sf(critical, df, -shift))
+    return _power(effect / standard_error, level, df)
 
 
 def minimal_detectable_effect(
@@ -324,9 +311,31 @@ def minimal_detectable_effect(
     """
     if standard_error == 0 or math.isinf(standard_error):
         return standard_error
-    found = globals()["power"]
-    most = 2 * (stats.t.isf(level / 2, df) + stats.t.isf(1 - power, df))
-    return standard_error * float(optimize.brentq(lambda effect: found(effect, 1.0, level, df) - power, 0, most))
+    most = 2 * (stats.t.isf(level / 2, df) + stats.t.isf(1 - power, df))  # finds all but a hair
+    return standard_error * float(optimize.brentq(lambda shift: _power(shift, level, df) - power, 0, most))
+
+
+def _power(shift: float, level: float, df: float) -> float:
+    """Returns the power against an effect of so many standard errors: t squared is F, z squared is chi squared."""
+    shift_squared = max(shift**2, 1e-12)  # scipy's noncentral F is wrong at 0 itself
+    if math.isinf(df):
+        return float(stats.ncx2.sf(stats.norm.isf(level / 2) ** 2, 1, shift_squared))
+    return float(stats.ncf.sf(stats.t.isf(level / 2, df) ** 2, 1, df, shift_squared))
+
+
+def _crossed_error(
+    between_seeds: float, between_articles: float, both: float, seeds: int, share: np.ndarray
+) -> tuple[float, float]:
+    """Returns standard error and degrees of freedom from the parts of a mean's variance; share: (C,) of questions."""
+    df_articles = max(1 / float((share**2).sum()) - 1, 1.0)
+    if seeds == 1:
+        return math.sqrt(between_articles), df_articles
+    variance, least = max(between_seeds + between_articles - both, both), min(seeds - 1.0, df_articles)
+    if variance == 0:
+        return 0.0, least
+    shares = between_seeds / variance, between_articles / variance
+    df = 1 / (shares[0] ** 1.5 / (seeds - 1) + shares[1] ** 1.5 / df_articles)
+    return math.sqrt(variance), max(df, least)
 
 
 def _article_sums(values: np.ndarray, clusters: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

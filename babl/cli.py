@@ -237,9 +237,9 @@ def overlap(args: argparse.Namespace) -> None:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out: {args.out} cannot be written ({error.strerror})") from None
-    test = load_squad(args.test)
-    found = find_overlap(load_squad(args.train), test)
-    corpus = corpus_overlap(test, read_documents(args.corpus)) if args.corpus else None
+    train, test, documents = load_squad(args.train), load_squad(args.test), read_documents(args.corpus)
+    found = find_overlap(train, test)
+    corpus = corpus_overlap(test, documents) if args.corpus else None
     if args.out:
         save(found, corpus, args.out)
     if args.json:

@@ -285,32 +285,40 @@ class _Corpus:
 
 
 def read_documents(shards: Sequence[Path]) -> Iterator[str]:
-    """Yields the documents of corpus files: `.txt` has one a line, `.jsonl` one as "text" of each line; or with `.gz`.
+    """Returns the documents of corpus files, read as they are asked for.
+
+    A `.txt` has one a line, a `.jsonl` one as "text" of each line; either may be packed as `.gz`.
 
     Raises:
-        UserError: A file is missing, unreadable, of another kind or without a document, or a line is malformed.
+        UserError: A file is missing or of another kind, which is seen at once; or, when its turn comes, it cannot be
+            read, has no document, or a malformed line.
     """
     for shard in shards:
-        kind = [suffix for suffix in shard.suffixes if suffix != ".gz"][-1:]
-        if kind not in ([".txt"], [".jsonl"]):
-            raise UserError(f"{shard}: a corpus file ends in .txt or .jsonl, or in either and .gz")
-        found = 0
-        try:
-            with (
-                gzip.open(shard, "rt", encoding="utf-8")
-                if shard.suffix == ".gz"
-                else shard.open(encoding="utf-8") as file
-            ):
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        found += 1
-                        yield line if kind == [".txt"] else _text(shard, number, line)
-        except FileNotFoundError:
-            raise UserError(f"{shard}: no such corpus file") from None
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-            raise UserError(f"{shard}: cannot be read ({error})") from None
-        if not found:
-            raise UserError(f"{shard}: no document in it")
+        if not shard.is_file():
+            raise UserError(f"{shard}: no such corpus file")
+        if _kind(shard) not in (".txt", ".jsonl"):
+            raise UserError(f"{shard}: a corpus file ends in .txt or .jsonl, or in one of them and .gz")
+    return itertools.chain.from_iterable(map(_documents, shards))
+
+
+def _kind(shard: Path) -> str:
+    return Path(shard.stem).suffix if shard.suffix == ".gz" else shard.suffix
+
+
+def _documents(shard: Path) -> Iterator[str]:
+    found = False
+    try:
+        with (
+            gzip.open(shard, "rt", encoding="utf-8") if shard.suffix == ".gz" else shard.open(encoding="utf-8") as file
+        ):
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    found = True
+                    yield line if _kind(shard) == ".txt" else _text(shard, number, line)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{shard}: cannot be read ({error})") from None
+    if not found:
+        raise UserError(f"{shard}: no document in it")
 
 
 def _text(shard: Path, number: int, line: str) -> str:

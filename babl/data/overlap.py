@@ -109,6 +109,7 @@ class QuestionOverlap:
     """What of one test question is in the training set.
 
     Attributes:
+        question: Its text.
         title: Whether its article is.
         context_equal: Whether its context is, after normalisation.
         containment: n -> the largest share of its context's distinct n-grams in one training context.
@@ -124,6 +125,7 @@ class QuestionOverlap:
         loose: The same at the loose one.
     """
 
+    question: str
     title: bool
     context_equal: bool
     containment: dict[int, float]
@@ -183,6 +185,7 @@ def find_overlap(train: Sequence[Example], test: Sequence[Example]) -> Overlap:
         known = not golds.isdisjoint(answers)
         otherwise: OverlapClass = "answer" if known else "none"
         questions[example.id] = QuestionOverlap(
+            question=example.question,
             title=_title(example.title) in titles,
             context_equal=equal,
             containment=containment,
@@ -340,9 +343,7 @@ def _summary(train: Sequence[Example], test: Sequence[Example], found: dict[str,
         "contexts": {
             "equal": sum(q.context_equal for q in of_context.values()),
             "near": {
-                f"{n}-grams": {
-                    str(share): sum(q.containment[n] >= share for q in of_context.values()) for share in CONTAINED
-                }
+                str(n): {str(share): sum(q.containment[n] >= share for q in of_context.values()) for share in CONTAINED}
                 for n in GRAMS
             },
         },

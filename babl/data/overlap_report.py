@@ -51,7 +51,7 @@ def markdown(overlap: Overlap, corpus: CorpusOverlap | None = None) -> str:
     ]
     if corpus:
         parts += ["## In the corpus", *_corpus(corpus)]
-    near = {qid: q for qid, q in overlap.questions.items() if q.loose == "question"}
+    near = [q for q in overlap.questions.values() if q.loose == "question"]
     if near:
         parts += ["## Questions to read", f"The nearest of {len(near)}; questions.jsonl has all.", _pairs(near)]
     parts += [
@@ -90,21 +90,13 @@ def _corpus(corpus: CorpusOverlap) -> list[str]:
     ]
 
 
-def _pairs(near: dict[str, QuestionOverlap]) -> str:
-    first = sorted(near.items(), key=lambda item: -max(item[1].jaccard / STRICT[0], item[1].cosine / STRICT[1]))
-    return _table(
-        ("test", "nearest in train", "Jaccard", "cosine", "same answer"),
-        [
-            (
-                qid,
-                f"{q.nearest}: {q.nearest_question}",
-                f"{q.jaccard:.2f}",
-                f"{q.cosine:.2f}",
-                "yes" if q.same_answer else "no",
-            )
-            for qid, q in first[:PAIRS]
-        ],
-    )
+def _pairs(near: list[QuestionOverlap]) -> str:
+    near = sorted(near, key=lambda q: -max(q.jaccard / STRICT[0], q.cosine / STRICT[1]))
+    rows = [
+        (q.question, q.nearest_question, f"{q.jaccard:.2f}", f"{q.cosine:.2f}", "yes" if q.same_answer else "no")
+        for q in near[:PAIRS]
+    ]
+    return _table(("of test", "nearest of train", "Jaccard", "cosine", "same answer"), rows)
 
 
 def save(overlap: Overlap, corpus: CorpusOverlap | None, folder: Path) -> None:

@@ -31,7 +31,6 @@ from babl.evaluation.statistics import (
     seed_sign_test,
     variance_components,
 )
-
 from babl.experiment.results import REWRITTEN, Metric, Outcome, Results
 from babl.experiment.strata import POSITIONS, STRATA, position_label, stratify
 
@@ -224,7 +223,7 @@ def _mean_row(results: Results, values: np.ndarray, metric: str) -> Row:
     """Returns the mean of (S, N) scores, the standard deviation of the seeds' means, and the crossed interval."""
     if not len(values):
         return dict.fromkeys([metric, f"{metric}_sd", f"{metric}_low", f"{metric}_high"])
-    low, high = np.clip(crossed_interval(values, results.titles), 0, 100)
+    low, high = np.clip(np.array(crossed_interval(values, results.titles)), 0, 100)
     sd = values.mean(1).std(ddof=1) if len(values) > 1 else None
     return {metric: values.mean(), f"{metric}_sd": sd, f"{metric}_low": low, f"{metric}_high": high}
 
@@ -266,14 +265,18 @@ def cell_rows(results: Results) -> list[Row]:
     for cell in results.cells:
         trained = cell.trained or {}
         row: Row = {"id": cell.id, "model": cell.model, "arm": cell.arm, "seed": cell.seed, "state": cell.state}
-        row |= {"reason": cell.failed} | {key: trained.get(key) for key in ("steps", "examples", "final_loss", "weights")}
+        row |= {"reason": cell.failed} | {
+            key: trained.get(key) for key in ("steps", "examples", "final_loss", "weights")
+        }
         rows.append(row)
     return rows
 
 
 def timing_rows(results: Results) -> list[Row]:
     """Returns the seconds on the clock of each cell, which differ between two runs that are otherwise the same."""
-    return [{"cell": c.id, "stage": stage, "seconds": s} for c in results.cells for stage, s in sorted(c.seconds.items())]
+    return [
+        {"cell": c.id, "stage": stage, "seconds": s} for c in results.cells for stage, s in sorted(c.seconds.items())
+    ]
 
 
 # ---- what the pictures show
@@ -306,7 +309,11 @@ def strata(results: Results) -> list[Row]:
             assert sum(mask.sum() for mask in values.values()) == len(results.test), stratum
             for value, mask in values.items():
                 row = {"model": model, "stratum": stratum, "value": value, "n": int(mask.sum())}
-                row |= {"articles": len(set(results.titles[mask])), "a": of_a[:, mask].mean(), "b": of_b[:, mask].mean()}
+                row |= {
+                    "articles": len(set(results.titles[mask])),
+                    "a": of_a[:, mask].mean(),
+                    "b": of_b[:, mask].mean(),
+                }
                 row["difference"] = row["a"] - row["b"]
                 rows.append(row | _interval(results, (of_a - of_b)[:, mask], mask, lowest=-100))
     return rows
@@ -316,7 +323,7 @@ def _interval(results: Results, values: np.ndarray, mask: np.ndarray, lowest: fl
     """Returns the interval of (S, n) scores or differences, where their questions come from enough articles."""
     if len(set(results.titles[mask])) < FEWEST_ARTICLES:
         return {"low": None, "high": None}
-    low, high = np.clip(crossed_interval(values, results.titles[mask]), lowest, 100)
+    low, high = np.clip(np.array(crossed_interval(values, results.titles[mask])), lowest, 100)
     return {"low": low, "high": high}
 
 
@@ -357,7 +364,8 @@ def selective(results: Results) -> list[Row]:
         if all(outcome.no_answer is not None for outcome in done):
             confidences["1 − no answer"] = [1 - outcome.no_answer for outcome in done if outcome.no_answer is not None]
         right = np.concatenate([outcome.exact / 100 for outcome in done])
-        titles, answerable = (np.tile(values, len(done)) for values in (results.titles, has_answer))
+        titles: Any = np.tile(results.titles, len(done))
+        answerable = np.tile(has_answer, len(done))
         for name, values in confidences.items():
             worth = selective_report(right, np.clip(np.concatenate(values), 0, 1), titles, answerable)
             rows.append({"model": model, "side": side, "confidence": name} | worth)
@@ -367,7 +375,13 @@ def selective(results: Results) -> list[Row]:
 def reliability(worth: list[Row]) -> list[Row]:
     """Returns how often answers are right by how probable the model finds them, in bins of equally many answers."""
     return [
-        {"model": row["model"], "side": row["side"], "share": 100 * share, "probability": 100 * said, "exact": 100 * was}
+        {
+            "model": row["model"],
+            "side": row["side"],
+            "share": 100 * share,
+            "probability": 100 * said,
+            "exact": 100 * was,
+        }
         for row in worth
         if row["confidence"] == "answer"
         for share, said, was in zip(*(row["reliability"][key] for key in ("share", "said", "was")), strict=True)
@@ -389,9 +403,7 @@ def positions(results: Results) -> list[Row]:
     rows = []
     for model, side in _sides_done(results):
         views = results.views(arm_and_condition(side)[1])
-        labels = np.array(
-            [position_label(v.context, v.at) if v.context and v.at is not None else "" for v in views]
-        )
+        labels = np.array([position_label(v.context, v.at) if v.context and v.at is not None else "" for v in views])
         values = scores(results, model, side)
         for position in POSITIONS:
             mask = labels == position
@@ -500,9 +512,7 @@ def unequal(results: Results) -> list[str]:
 
 def post_hoc(results: Results, compared: list[Row]) -> list[str]:
     """Returns a line for everything in the report, or in the folder, that the plan does not name."""
-    lines = [
-        f"contrast {name}" for name in dict.fromkeys(r["contrast"] for r in compared if r["role"] == "post hoc")
-    ]
+    lines = [f"contrast {name}" for name in dict.fromkeys(r["contrast"] for r in compared if r["role"] == "post hoc")]
     shown = stratify(results.test, results.classes)
     lines += [f"stratum {name}" for name in STRATA if name in shown and name not in results.plan["strata"]]
     tests = {condition for cell in results.cells for condition in cell.outcomes}

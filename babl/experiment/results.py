@@ -112,8 +112,8 @@ class Results:
     _views: dict[str, list[View]] = field(default_factory=dict)
 
     @cached_property
-    def titles(self) -> np.ndarray:
-        """(N,) the article of each test question."""
+    def titles(self) -> Any:
+        """(N,) str, the article of each test question; an array, which the statistics take for a sequence."""
         return np.array([example.title for example in self.test])
 
     def views(self, condition: str) -> list[View]:
@@ -141,7 +141,7 @@ def rebuild_views(test: Sequence[Example], condition: str, seed: int) -> list[Vi
     views, missing = see(test, condition, seed)  # type: ignore[arg-type]
     if missing:
         qid, reason = min(missing.items())
-        raise UserError(f"data/test.json: question {qid} has no {condition} context ({reason}), though the plan uses it")
+        raise UserError(f"data/test.json: question {qid} has no {condition} context ({reason}), but is in the plan")
     return views
 
 
@@ -207,6 +207,9 @@ class _Scorer:
     def outcome(self, path: Path, condition: str, claim: Mapping[str, Any]) -> Outcome:
         """Returns the answers in a file and their scores, which must be those claimed."""
         rows = {row.id: row for row in read_predictions(path)}
+        lost = [e.id for e in self.test if e.id not in rows]
+        if lost:
+            raise UserError(f"{path}: {len(lost)} of {len(self.test)} questions have no answer, first {lost[0]}")
         scores = self.score({qid: row.prediction for qid, row in rows.items()}, condition)
         exact, f1 = (np.array([100 * getattr(s, key) for s in scores.values()]) for key in ("exact", "f1"))
         for key, values in (("exact", exact), ("f1", f1)):

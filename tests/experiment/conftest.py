@@ -1,8 +1,10 @@
 """A small experiment whose truth is known, as its folder would stand after the run: written, not trained."""
 
+import copy
 import hashlib
 import json
 import random
+import shutil
 
 import pytest
 
@@ -10,7 +12,9 @@ from babl.data.contexts import see
 from babl.data.fictional import chance_exact, fictional_corpus
 from babl.data.overlap import find_overlap
 from babl.data.squad import load_squad, parse_squad, to_squad
+from babl.evaluation.predictions import file_hash
 from babl.evaluation.squad import score
+from babl.experiment.report import write_report
 from babl.experiment.results import plan_hash
 from babl.experiment.strata import STRATA
 
@@ -19,10 +23,6 @@ ARMS = ("none", "random", "gold")
 TESTS = ("none", "random", "gold", "counterfactual")
 SEEDS = (0, 1, 2)
 READS = 0.9  # share of the questions that the gold arm answers from the context
-
-
-def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write(path, value):
@@ -85,7 +85,7 @@ class Experiment:
             "bootstrap_samples": 200,
             "decoding": {"max_new_tokens": 16},
             "data": {
-                "sha256": {path.name: sha256(path) for path in sorted((folder / "data").iterdir())},
+                "sha256": {path.name: file_hash(path) for path in sorted((folder / "data").iterdir())},
                 "context_seed": 0,
             },
             "excluded": {"train": {}, "test": excluded},
@@ -103,7 +103,13 @@ class Experiment:
     def train(self, cell, failed=None):
         seed = cell["seed"]
         points = [
-            {"step": s, "examples": 32 * s, "tokens": 900 * s, "flops": 10**9 * s, "validation_loss": 3 / (1 + s) + seed / 20}
+            {
+                "step": s,
+                "examples": 32 * s,
+                "tokens": 900 * s,
+                "flops": 10**9 * s,
+                "validation_loss": 3 / (1 + s) + seed / 20,
+            }
             for s in range(0, 50, 10)
         ]
         trained = {"failed": failed, "weights": hashlib.sha256(cell["id"].encode()).hexdigest(), "parameters": 12345}
@@ -123,13 +129,23 @@ class Experiment:
             text = answer(cell["arm"], condition, example, view, answers, rng)
             sure = -0.1 if text == view.golds[0] else -1.5
             lines.append({"id": view.id, "prediction": text, "log_prob": sure - rng.random()})
-            lines[-1] |= {"tokens": len(text.split()) + 1, "complete": rng.random() < 0.98, "windows": 1, "no_answer": None}
+            lines[-1] |= {
+                "tokens": len(text.split()) + 1,
+                "complete": rng.random() < 0.98,
+                "windows": 1,
+                "no_answer": None,
+            }
             golds[view.id] = view.golds
         path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         qas = [{"id": qid, "answers": [{"text": gold} for gold in of]} for qid, of in golds.items()]
         dataset = {"data": [{"title": "", "paragraphs": [{"qas": qas}]}]}
         found = score(dataset, {line["id"]: line["prediction"] for line in lines[1:]})
-        return {"exact": found["exact_match"], "f1": found["f1"], "total": found["total"], "predictions": sha256(path)}
+        return {
+            "exact": found["exact_match"],
+            "f1": found["f1"],
+            "total": found["total"],
+            "predictions": file_hash(path),
+        }
 
     def finish(self, cell):
         self.train(cell)
@@ -142,9 +158,20 @@ def experiment(tmp_path):
     return Experiment(tmp_path / "experiment")
 
 
+@pytest.fixture(scope="session")
+def reported(tmp_path_factory):
+    """An experiment with all cells done and its report written; not to be changed."""
+    these = Experiment(tmp_path_factory.mktemp("reported"))
+    for cell in these.cells:
+        these.finish(cell)
+    write_report(these.folder)
+    return these
+
+
 @pytest.fixture
-def finished(experiment):
-    """The same with all cells done."""
-    for cell in experiment.cells:
-        experiment.finish(cell)
-    return experiment
+def finished(reported, tmp_path):
+    """A copy with all cells done, without a report."""
+    these = copy.deepcopy(reported)
+    these.folder = tmp_path / "experiment"
+    shutil.copytree(reported.folder, these.folder, ignore=shutil.ignore_patterns("report"))
+    return these

@@ -111,8 +111,8 @@ PICTURES = (
         "same_arm",
         "A test of the test: seeds of one arm",
         "p of the test by article where there is no arm to tell apart. Blue, for each article a coin decides whose "
-        "answers are whose: flat at the dashes if the test is right. Orange, one seed against another: what exceeds the "
-        "dashes on the left is how often two single runs would be told apart though only the seed differs.",
+        "answers are whose: flat at the dashes if the test is right. Orange, one seed against another: what exceeds "
+        "the dashes on the left is how often two single runs would be told apart though only the seed differs.",
         figures.same_arm,
     ),
 )

@@ -80,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--missing", choices=("error", "zero"), default="error", help="questions without a prediction")
     sub.add_argument("--json", action="store_true", help="(the output is JSON in any case)")
 
+    sub = verb("compare", compare, "two prediction files on the same questions: the paired difference B - A")
+    sub.add_argument("data", metavar="DATA.json")
+    sub.add_argument("a", metavar="A.json")
+    sub.add_argument("b", metavar="B.json")
+    sub.add_argument("--json", action="store_true")
+
     sub = verb("query", query, "one answer")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("question", metavar="QUESTION")
@@ -213,6 +219,16 @@ def score(args: argparse.Namespace) -> None:
     na_prob = _read_json(args.na_prob) if args.na_prob else None
     predictions = _read_json(args.predictions)
     print(json.dumps(official(dataset, predictions, na_prob, args.na_threshold, missing=args.missing), indent=2))
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Prints how two prediction files differ, and how sure that is."""
+    from babl.data.squad import load_squad
+    from babl.evaluation.compare import compare as paired
+    from babl.evaluation.compare import describe
+
+    found = paired(load_squad(args.data), _read_json(args.a), _read_json(args.b), (args.a, args.b))
+    print(json.dumps(found, indent=2, ensure_ascii=False) if args.json else describe(found))
 
 
 def query(args: argparse.Namespace) -> None:

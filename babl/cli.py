@@ -86,6 +86,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("b", metavar="B.json")
     sub.add_argument("--json", action="store_true")
 
+    sub = verb("overlap", overlap, "what a test set shares with a training set and, if given, a corpus")
+    sub.add_argument("train", metavar="TRAIN.json")
+    sub.add_argument("test", metavar="DEV.json")
+    sub.add_argument(
+        "--corpus",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="SHARD",
+        help="a document a line: .txt, .jsonl, or .gz of it",
+    )
+    sub.add_argument("--out", type=Path, metavar="DIR", help="write overlap.json, overlap.md, questions.jsonl there")
+    sub.add_argument("--json", action="store_true")
+
     sub = verb("query", query, "one answer")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("question", metavar="QUESTION")
@@ -229,6 +243,29 @@ def compare(args: argparse.Namespace) -> None:
 
     found = paired(load_squad(args.data), _read_json(args.a), _read_json(args.b), (args.a, args.b))
     print(json.dumps(found, indent=2, ensure_ascii=False) if args.json else describe(found))
+
+
+def overlap(args: argparse.Namespace) -> None:
+    """Prints the contamination report."""
+    from babl.data.corpus import corpus_overlap, read_documents
+    from babl.data.overlap import find_overlap
+    from babl.data.overlap_report import markdown, report, save
+    from babl.data.squad import load_squad
+
+    if args.out:  # before the work, not after it
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out: {args.out} cannot be written ({error.strerror})") from None
+    train, test, documents = load_squad(args.train), load_squad(args.test), read_documents(args.corpus)
+    found = find_overlap(train, test)
+    corpus = corpus_overlap(test, documents) if args.corpus else None
+    if args.out:
+        save(found, corpus, args.out)
+    if args.json:
+        print(json.dumps(report(found, corpus), indent=2))
+    else:
+        print(markdown(found, corpus), end="")
 
 
 def query(args: argparse.Namespace) -> None:

@@ -1,0 +1,320 @@
+"""The report of an experiment: one HTML file that needs nothing beside it, Markdown, JSON, and every figure as CSV.
+
+It is a pure function of what the folder holds: repeated, it has the same bytes. Seconds on the clock, which no two runs
+share, stand apart in timing.csv.
+"""
+
+import csv
+import io
+import json
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from babl.data.overlap import DECLARED, OVERLAP_BIASES
+from babl.experiment import analysis, figures
+from babl.experiment.analysis import Row
+from babl.experiment.results import Results, read_results
+
+SIGNIFICANT = 8  # digits of a number in report.json and the CSV files
+LEVEL = 0.05
+METRICS = {"exact": "exact match", "f1": "F1"}
+IN_WORDS = {"gold": "with the context", "none": "without it"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure of the report.
+
+    Attributes:
+        name: Of its CSV file, and the key of its rows in report.json.
+        title: Above it.
+        caption: How to read it.
+        draw: Draws the rows of one model.
+    """
+
+    name: str
+    title: str
+    caption: str
+    draw: figures.Draw
+
+
+PICTURES = (
+    Picture(
+        "contrasts",
+        "Every contrast",
+        "The dot is the mean difference of the first arm minus the second, the bar its 95 % interval over seeds and "
+        "articles. Orange: primary; blue: named in the plan; hollow: post hoc. A bar that does not touch the line at 0 "
+        "is a difference that seeds and articles alone do not explain.",
+        figures.forest,
+    ),
+    Picture(
+        "matrix",
+        "Trained in one arm, tested under another",
+        "Exact match in percent, mean over seeds. Outlined: tested as trained. Along a row, what one model makes of what "
+        "it is shown.",
+        figures.heat_map,
+    ),
+    Picture(
+        "strata",
+        "Where the difference comes from",
+        "Hollow: the second arm of the primary contrast; orange: the first; the line between them is the difference. In "
+        "brackets the number of questions. Strata describe; none is tested, and their intervals (in the CSV) are not "
+        "corrected for being many.",
+        figures.strata,
+    ),
+    Picture(
+        "learning_curves",
+        "Learning curves",
+        "Loss on the validation slice of the training articles. Thin: each seed; thick: their mean; dotted: a seed that "
+        "failed. Above at equal examples, below at equal arithmetic: arms with longer inputs lie further right.",
+        figures.learning_curves,
+    ),
+    Picture(
+        "seeds",
+        "Seed by seed",
+        "Each mark is one training run; the bar is their mean. Marks far apart mean that one run says little.",
+        figures.seed_strip,
+    ),
+    Picture(
+        "reliability",
+        "Does the model know what it knows?",
+        "Answers sorted by the probability the model gives them, in groups of equally many. On the dashes the "
+        "probability is the share of right answers; below them the model is too sure of itself.",
+        figures.reliability,
+    ),
+    Picture(
+        "risk",
+        "If only the surest answers are given",
+        "From right to left more answers are withheld, the least probable first. A curve that falls to the left has a "
+        "probability worth listening to; a flat one has not.",
+        figures.risk,
+    ),
+    Picture(
+        "positions",
+        "Where in the context the answer stands",
+        "Exact match by the sentence that holds the answer, with 95 % intervals. A line that falls is a model that reads "
+        "the beginning only.",
+        figures.positions,
+    ),
+    Picture(
+        "errors",
+        "In which way answers are wrong",
+        "Green is right; the other colours are kinds of errors, told apart by rule. Numbers are percent of all answers.",
+        figures.errors,
+    ),
+    Picture(
+        "same_arm",
+        "A test of the test: seeds of one arm",
+        "p values where there is no arm to tell apart. Blue, for each article a coin decides whose answers are whose: "
+        "flat at the dashes if the test is right. Orange, one seed against another: what exceeds the dashes on the left "
+        "is how often two single runs would be told apart though only the seed differs.",
+        figures.same_arm,
+    ),
+)
+
+
+def write_report(folder: Path) -> None:
+    """The folder's report/ holds report.html, report.md, report.json, table.csv, timing.csv and a CSV for each picture.
+
+    Args:
+        folder: Of an experiment, finished or not.
+
+    Raises:
+        UserError: Something in the folder is not what its hash says.
+    """
+    results = read_results(folder)
+    report = summarise(results)
+    files = {"report.json": json.dumps(report, indent=1, ensure_ascii=False) + "\n"}
+    files["table.csv"] = to_csv(report["table"])
+    files["timing.csv"] = to_csv(plain(analysis.timing_rows(results)))
+    files |= {f"{picture.name}.csv": to_csv(report["figures"][picture.name]) for picture in PICTURES}
+    drawn = draw_pictures(report)
+    for name in ("report.html", "report.md"):
+        files[name] = render(name, report, drawn)
+    _replace(folder / "report", files)
+
+
+def summarise(results: Results) -> dict[str, Any]:
+    """Returns all that the report says, as plain JSON."""
+    compared = analysis.contrasts(results)
+    rows, worth = analysis.table(results, compared), analysis.selective(results)
+    found = {
+        "name": results.plan["name"],
+        "plan": results.plan,
+        "questions": len(results.test),
+        "articles": len(set(results.titles)),
+        "primary": analysis.primary_details(results),
+        "table": rows,
+        "chance": analysis.chance(results, rows),
+        "counterfactual": analysis.counterfactual(results),
+        "selective": worth,
+        "cells": analysis.cell_rows(results),
+        "unequal": analysis.unequal(results),
+        "post_hoc": analysis.post_hoc(results, compared),
+        "overlap": results.overlap,
+        "figures": {
+            "contrasts": compared,
+            "matrix": analysis.matrix(results),
+            "strata": analysis.strata(results),
+            "learning_curves": analysis.learning_curves(results),
+            "seeds": analysis.seed_scores(results),
+            "reliability": analysis.reliability(worth),
+            "risk": analysis.risk(worth),
+            "positions": analysis.positions(results),
+            "errors": analysis.errors(results),
+            "same_arm": analysis.same_arm(results),
+        },
+    }
+    report = plain(found)
+    report["answers"] = {model: answer(report, model) for model in results.plan["models"]}
+    return report
+
+
+def answer(report: dict[str, Any], model: str) -> str:
+    """Returns whether the context helps this model, in words and figures."""
+    a, b = report["plan"]["primary"]["contrast"]
+    rows = [row for row in report["figures"]["contrasts"] if row["model"] == model and row["seeds"]]
+    row = next((row for row in rows if "primary" in row["role"]), None)
+    if row is None:
+        cells = [cell for cell in report["cells"] if cell["model"] == model and cell["arm"] in (a, b)]
+        scored = sum(cell["state"] == "scored" for cell in cells)
+        return f"Not known yet: of the {len(cells)} cells that would tell, {scored} are scored, none of them a pair."
+    metric = report["plan"]["primary"]["metric"]
+    levels = {r["side"]: r[metric] for r in report["table"] if r["model"] == model}
+    shown = row["p"] < LEVEL and (row["low"] > 0 or row["high"] < 0)
+    verdict = ("Yes" if row["difference"] > 0 else "No, it harms") if shown else "Not shown"
+    between = " and ".join(
+        f"{percent(levels[side])} % {IN_WORDS.get(side, f'in arm {side}')}" for side in (a, b) if side in levels
+    )
+    text = f"{verdict}. {METRICS[metric].capitalize()} is {between}: {difference(row)} points, p {is_p(row['p'])}."
+    placebo = next((r for r in rows if (r["a"], r["b"]) == (a, "random")), None)
+    return text + (f" Against another article's text of the same length it is {difference(placebo)}." if placebo else "")
+
+
+def draw_pictures(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns, for each picture that has something to show, its words and an <svg> by model."""
+    drawn = []
+    for picture in PICTURES:
+        rows = report["figures"][picture.name]
+        by_model = {model: [row for row in rows if row["model"] == model] for model in report["plan"]["models"]}
+        svgs = {
+            model: figures.picture(f"{picture.name}-{i}", picture.draw, of_model)
+            for i, (model, of_model) in enumerate(by_model.items())
+            if any(row.get("seeds", 1) for row in of_model)
+        }
+        if svgs:
+            drawn.append({"name": picture.name, "title": picture.title, "caption": picture.caption, "svgs": svgs})
+    return drawn
+
+
+def render(name: str, report: dict[str, Any], drawn: list[dict[str, Any]]) -> str:
+    """Returns a template of this folder filled with the report."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=name.endswith(".html"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {
+        "percent": percent, "points": points, "p": p_value, "is_p": is_p, "count": count, "big": big,
+        "difference": difference,
+    }  # fmt: skip
+    return environment.get_template(name).render(
+        report=report,
+        plan=report["plan"],
+        pictures=drawn,
+        contrasts=report["figures"]["contrasts"],
+        states=Counter(cell["state"] for cell in report["cells"]),
+        plan_text=json.dumps(report["plan"], indent=1, ensure_ascii=False),
+        metric=METRICS[report["plan"]["primary"]["metric"]],
+        declared=DECLARED,
+        biases=OVERLAP_BIASES,
+        level=LEVEL,
+    )
+
+
+def to_csv(rows: list[Row]) -> str:
+    """Returns the rows as CSV, under all their keys in order of appearance; what a row lacks is empty."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+def plain(value: Any) -> Any:
+    """Returns the value in what JSON knows, numbers that are not whole with 8 significant digits."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float):
+        return float(f"{value:.{SIGNIFICANT}g}") if np.isfinite(value) else None
+    return value
+
+
+def _replace(folder: Path, files: dict[str, str]) -> None:
+    """The folder holds these files and no others."""
+    aside = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for name, text in files.items():
+        (aside / name).write_text(text, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+# ---- numbers as people read them
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """91.2, or a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def points(value: float | None, digits: int = 1) -> str:
+    """+81.4, −0.3, or a dash where there is none."""
+    return "–" if value is None else f"{value:+.{digits}f}".replace("-", "−")
+
+
+def difference(row: Row) -> str:
+    """+81.4 [79.0, 83.7]."""
+    return f"{points(row['difference'])} [{points(row['low'])}, {points(row['high'])}]"
+
+
+def p_value(value: float | None) -> str:
+    """.013, < .001, or a dash where there is none."""
+    if value is None:
+        return "–"
+    if value < 0.001:
+        return "< .001"
+    return (f"{value:.3f}" if value < 0.1 else f"{value:.2f}").removeprefix("0")
+
+
+def is_p(value: float) -> str:
+    """= .013 or < .001, to follow the letter p."""
+    text = p_value(value)
+    return text if text.startswith("<") else f"= {text}"
+
+
+def count(value: float | None) -> str:
+    """10,570, or a dash where there is none."""
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def big(value: float | None) -> str:
+    """1.2 × 10¹²."""
+    if not value:
+        return "–" if value is None else "0"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa} × 10{str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"

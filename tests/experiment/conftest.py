@@ -1,0 +1,150 @@
+"""A small experiment whose truth is known, as its folder would stand after the run: written, not trained."""
+
+import hashlib
+import json
+import random
+
+import pytest
+
+from babl.data.contexts import see
+from babl.data.fictional import chance_exact, fictional_corpus
+from babl.data.overlap import find_overlap
+from babl.data.squad import load_squad, parse_squad, to_squad
+from babl.evaluation.squad import score
+from babl.experiment.results import plan_hash
+from babl.experiment.strata import STRATA
+
+MODEL = "tiny-t5"
+ARMS = ("none", "random", "gold")
+TESTS = ("none", "random", "gold", "counterfactual")
+SEEDS = (0, 1, 2)
+READS = 0.9  # share of the questions that the gold arm answers from the context
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def buildable(examples):
+    """The questions for which every condition can be built, and how many are left out, by reason."""
+    excluded: dict[str, int] = {}
+    while True:
+        missing = {}
+        for condition in TESTS:
+            missing |= see(examples, condition, 0)[1]
+        if not missing:
+            return examples, excluded
+        for reason in missing.values():
+            excluded[reason] = excluded.get(reason, 0) + 1
+        examples = [e for e in examples if e.id not in missing]
+
+
+def answer(arm, condition, example, view, others, rng):
+    """What a model of that arm says: the context's answer, where it reads one, else a guess at its chance level."""
+    if arm == "gold" and condition in ("gold", "counterfactual"):
+        right, level = view.golds[0], READS
+    else:
+        right, level = example.answers[0].text, chance_exact([example.answers[0].text]) / 100
+    return right if rng.random() < level else rng.choice([text for text in others if text not in (right, *view.golds)])
+
+
+class Experiment:
+    """Writes the folder, piece by piece."""
+
+    def __init__(self, folder, dev_articles=6):
+        self.folder = folder
+        train, dev = fictional_corpus(8, dev_articles, seed=3)
+        self.test, excluded = buildable(parse_squad(dev, "dev"))
+        write(folder / "data" / "train.json", train)
+        write(folder / "data" / "test.json", to_squad(self.test))
+        overlap = find_overlap(parse_squad(train, "train"), self.test)
+        write(folder / "data" / "overlap.json", overlap.summary)
+        write(folder / "data" / "classes.json", {"strict": overlap.classes, "loose": overlap.loose_classes})
+        self.cells = [
+            {"id": f"{arm}-{seed}", "model": MODEL, "arm": arm, "seed": seed} for arm in ARMS for seed in SEEDS
+        ]
+        self.plan = {
+            "name": "known truth",
+            "hypotheses": ["The context helps.", "Another article's text does not."],
+            "primary": {"contrast": ["gold", "none"], "metric": "exact"},
+            "secondary": [["gold", "random"]],
+            "equivalence": [["random", "none"]],
+            "margin": 1.0,
+            "models": [MODEL],
+            "arms": list(ARMS),
+            "tests": list(TESTS),
+            "seeds": list(SEEDS),
+            "grid": {"lr": [0.001]},
+            "strata": list(STRATA),
+            "failure_loss": None,
+            "bootstrap_samples": 200,
+            "decoding": {"max_new_tokens": 16},
+            "data": {
+                "sha256": {path.name: sha256(path) for path in sorted((folder / "data").iterdir())},
+                "context_seed": 0,
+            },
+            "excluded": {"train": {}, "test": excluded},
+            "chance_exact": chance_exact(e.answers[0].text for e in self.test),
+            "cells": self.cells,
+        }
+        self.freeze()
+
+    def freeze(self):
+        write(self.folder / "plan.json", self.plan | {"hash": plan_hash(self.plan)})
+
+    def cell(self, cell):
+        return self.folder / "cells" / cell["id"]
+
+    def train(self, cell, failed=None):
+        seed = cell["seed"]
+        points = [
+            {"step": s, "examples": 32 * s, "tokens": 900 * s, "flops": 10**9 * s, "validation_loss": 3 / (1 + s) + seed / 20}
+            for s in range(0, 50, 10)
+        ]
+        trained = {"failed": failed, "weights": hashlib.sha256(cell["id"].encode()).hexdigest(), "parameters": 12345}
+        trained |= points[-1] | {"steps": 40, "final_loss": 0.25, "order": f"order of seed {seed}"}
+        trained |= {"curve": points, "chosen": {"lr": 0.001}}
+        write(self.cell(cell) / "trained.json", trained)
+        write(self.cell(cell) / "seconds.json", {"train": 12.5, "predict": 3.25})
+
+    def predict(self, cell, condition):
+        path = self.cell(cell) / "predictions" / f"{condition}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rng = random.Random(f"{cell['id']}/{condition}")
+        answers = sorted({e.answers[0].text for e in load_squad(self.folder / "data" / "train.json")})
+        lines = [{"key": f"{cell['id']}/{condition}"}]
+        golds = {}
+        for example, view in zip(self.test, see(self.test, condition, 0)[0], strict=True):
+            text = answer(cell["arm"], condition, example, view, answers, rng)
+            sure = -0.1 if text == view.golds[0] else -1.5
+            lines.append({"id": view.id, "prediction": text, "log_prob": sure - rng.random()})
+            lines[-1] |= {"tokens": len(text.split()) + 1, "complete": rng.random() < 0.98, "windows": 1, "no_answer": None}
+            golds[view.id] = view.golds
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        qas = [{"id": qid, "answers": [{"text": gold} for gold in of]} for qid, of in golds.items()]
+        dataset = {"data": [{"title": "", "paragraphs": [{"qas": qas}]}]}
+        found = score(dataset, {line["id"]: line["prediction"] for line in lines[1:]})
+        return {"exact": found["exact_match"], "f1": found["f1"], "total": found["total"], "predictions": sha256(path)}
+
+    def finish(self, cell):
+        self.train(cell)
+        write(self.cell(cell) / "scored.json", {condition: self.predict(cell, condition) for condition in TESTS})
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """An experiment's folder with a frozen plan and no cell done."""
+    return Experiment(tmp_path / "experiment")
+
+
+@pytest.fixture
+def finished(experiment):
+    """The same with all cells done."""
+    for cell in experiment.cells:
+        experiment.finish(cell)
+    return experiment

@@ -31,7 +31,6 @@ from babl.evaluation.statistics import (
     seed_sign_test,
     variance_components,
 )
-
 from babl.experiment.results import REWRITTEN, Metric, Outcome, Results
 from babl.experiment.strata import POSITIONS, STRATA, position_label, stratify
 
@@ -266,14 +265,18 @@ def cell_rows(results: Results) -> list[Row]:
     for cell in results.cells:
         trained = cell.trained or {}
         row: Row = {"id": cell.id, "model": cell.model, "arm": cell.arm, "seed": cell.seed, "state": cell.state}
-        row |= {"reason": cell.failed} | {key: trained.get(key) for key in ("steps", "examples", "final_loss", "weights")}
+        row |= {"reason": cell.failed} | {
+            key: trained.get(key) for key in ("steps", "examples", "final_loss", "weights")
+        }
         rows.append(row)
     return rows
 
 
 def timing_rows(results: Results) -> list[Row]:
     """Returns the seconds on the clock of each cell, which differ between two runs that are otherwise the same."""
-    return [{"cell": c.id, "stage": stage, "seconds": s} for c in results.cells for stage, s in sorted(c.seconds.items())]
+    return [
+        {"cell": c.id, "stage": stage, "seconds": s} for c in results.cells for stage, s in sorted(c.seconds.items())
+    ]
 
 
 # ---- what the pictures show
@@ -306,7 +309,11 @@ def strata(results: Results) -> list[Row]:
             assert sum(mask.sum() for mask in values.values()) == len(results.test), stratum
             for value, mask in values.items():
                 row = {"model": model, "stratum": stratum, "value": value, "n": int(mask.sum())}
-                row |= {"articles": len(set(results.titles[mask])), "a": of_a[:, mask].mean(), "b": of_b[:, mask].mean()}
+                row |= {
+                    "articles": len(set(results.titles[mask])),
+                    "a": of_a[:, mask].mean(),
+                    "b": of_b[:, mask].mean(),
+                }
                 row["difference"] = row["a"] - row["b"]
                 rows.append(row | _interval(results, (of_a - of_b)[:, mask], mask, lowest=-100))
     return rows
@@ -367,7 +374,13 @@ def selective(results: Results) -> list[Row]:
 def reliability(worth: list[Row]) -> list[Row]:
     """Returns how often answers are right by how probable the model finds them, in bins of equally many answers."""
     return [
-        {"model": row["model"], "side": row["side"], "share": 100 * share, "probability": 100 * said, "exact": 100 * was}
+        {
+            "model": row["model"],
+            "side": row["side"],
+            "share": 100 * share,
+            "probability": 100 * said,
+            "exact": 100 * was,
+        }
         for row in worth
         if row["confidence"] == "answer"
         for share, said, was in zip(*(row["reliability"][key] for key in ("share", "said", "was")), strict=True)
@@ -389,9 +402,7 @@ def positions(results: Results) -> list[Row]:
     rows = []
     for model, side in _sides_done(results):
         views = results.views(arm_and_condition(side)[1])
-        labels = np.array(
-            [position_label(v.context, v.at) if v.context and v.at is not None else "" for v in views]
-        )
+        labels = np.array([position_label(v.context, v.at) if v.context and v.at is not None else "" for v in views])
         values = scores(results, model, side)
         for position in POSITIONS:
             mask = labels == position
@@ -500,9 +511,7 @@ def unequal(results: Results) -> list[str]:
 
 def post_hoc(results: Results, compared: list[Row]) -> list[str]:
     """Returns a line for everything in the report, or in the folder, that the plan does not name."""
-    lines = [
-        f"contrast {name}" for name in dict.fromkeys(r["contrast"] for r in compared if r["role"] == "post hoc")
-    ]
+    lines = [f"contrast {name}" for name in dict.fromkeys(r["contrast"] for r in compared if r["role"] == "post hoc")]
     shown = stratify(results.test, results.classes)
     lines += [f"stratum {name}" for name in STRATA if name in shown and name not in results.plan["strata"]]
     tests = {condition for cell in results.cells for condition in cell.outcomes}

@@ -35,7 +35,9 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 9,
     "axes.formatter.use_mathtext": True,
-} | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK)
+} | dict.fromkeys(
+    ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK
+)
 
 # Okabe and Ito 2008, with shades beside it.
 COLOURS = {
@@ -234,7 +236,9 @@ def errors(figure: Figure, rows: list[Row]) -> None:
     axes = figure.subplots()
     left = np.zeros(len(sides))
     for kind, colour in zip(kinds, ERROR_COLOURS, strict=False):
-        share = np.array([row["percent"] for side in sides for row in rows if (row["side"], row["kind"]) == (side, kind)])
+        share = np.array(
+            [row["percent"] for side in sides for row in rows if (row["side"], row["kind"]) == (side, kind)]
+        )
         axes.barh(range(len(sides)), share, 0.7, left=left, color=colour, label=kind)
         for y, (start, value) in enumerate(zip(left, share, strict=True)):
             if value >= 8:

@@ -194,7 +194,9 @@ def answer(report: dict[str, Any], model: str) -> str:
     )
     text = f"{verdict}. {METRICS[metric].capitalize()} is {between}: {difference(row)} points, p {is_p(row['p'])}."
     placebo = next((r for r in rows if (r["a"], r["b"]) == (a, "random")), None)
-    return text + (f" Against another article's text of the same length it is {difference(placebo)}." if placebo else "")
+    return text + (
+        f" Against another article's text of the same length it is {difference(placebo)}." if placebo else ""
+    )
 
 
 def draw_pictures(report: dict[str, Any]) -> list[dict[str, Any]]:

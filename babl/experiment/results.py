@@ -141,7 +141,9 @@ def rebuild_views(test: Sequence[Example], condition: str, seed: int) -> list[Vi
     views, missing = see(test, condition, seed)  # type: ignore[arg-type]
     if missing:
         qid, reason = min(missing.items())
-        raise UserError(f"data/test.json: question {qid} has no {condition} context ({reason}), though the plan uses it")
+        raise UserError(
+            f"data/test.json: question {qid} has no {condition} context ({reason}), though the plan uses it"
+        )
     return views
 
 

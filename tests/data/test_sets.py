@@ -28,5 +28,7 @@ def test_an_arm_that_no_question_has_is_an_error(train_file):
     cfg = DataConfig(str(train_file), context="random")
     train, _ = load_sets(cfg, 0)
     one_article = [e for e in train if e.title == train[0].title]
-    with pytest.raises(UserError, match='"random", which can be built for no question: no paragraph of another article'):
+    with pytest.raises(
+        UserError, match='"random", which can be built for no question: no paragraph of another article'
+    ):
         load_views(cfg, one_article)

@@ -103,7 +103,13 @@ class Experiment:
     def train(self, cell, failed=None):
         seed = cell["seed"]
         points = [
-            {"step": s, "examples": 32 * s, "tokens": 900 * s, "flops": 10**9 * s, "validation_loss": 3 / (1 + s) + seed / 20}
+            {
+                "step": s,
+                "examples": 32 * s,
+                "tokens": 900 * s,
+                "flops": 10**9 * s,
+                "validation_loss": 3 / (1 + s) + seed / 20,
+            }
             for s in range(0, 50, 10)
         ]
         trained = {"failed": failed, "weights": hashlib.sha256(cell["id"].encode()).hexdigest(), "parameters": 12345}
@@ -123,7 +129,12 @@ class Experiment:
             text = answer(cell["arm"], condition, example, view, answers, rng)
             sure = -0.1 if text == view.golds[0] else -1.5
             lines.append({"id": view.id, "prediction": text, "log_prob": sure - rng.random()})
-            lines[-1] |= {"tokens": len(text.split()) + 1, "complete": rng.random() < 0.98, "windows": 1, "no_answer": None}
+            lines[-1] |= {
+                "tokens": len(text.split()) + 1,
+                "complete": rng.random() < 0.98,
+                "windows": 1,
+                "no_answer": None,
+            }
             golds[view.id] = view.golds
         path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         qas = [{"id": qid, "answers": [{"text": gold} for gold in of]} for qid, of in golds.items()]

@@ -38,7 +38,9 @@ def tfidf(questions):
     found_in = Counter(word for form in forms for word in set(form.split()))
     vectors = {}
     for form in forms:
-        weights = {w: n * (math.log((1 + len(forms)) / (1 + found_in[w])) + 1) for w, n in Counter(form.split()).items()}
+        weights = {
+            w: n * (math.log((1 + len(forms)) / (1 + found_in[w])) + 1) for w, n in Counter(form.split()).items()
+        }
         length = math.sqrt(sum(weight**2 for weight in weights.values()))
         vectors[form] = {word: weight / length for word, weight in weights.items()}
     return vectors

@@ -16,34 +16,6 @@ import torch
 
 from babl.cli import main
 
-CONFIG = """
-[run]
-name = "tiny"
-dir = "{folder}"
-[experiment]
-arms = ["none", "gold"]
-tests = ["none", "gold", "counterfactual"]
-seeds = [0]
-train_articles = 6
-test_articles = 3
-max_new_tokens = 3
-bootstrap_samples = 100
-[model]
-shape = {{ d_model = 16, d_kv = 8, d_ff = 16, num_heads = 2, num_layers = 1, num_decoder_layers = 1 }}
-tokenizer_size = 400
-[data]
-max_source_tokens = 128
-stride = 16
-[batch]
-examples = 8
-[train]
-steps = 12
-validate_every = 6
-save_every = 1
-keep_last = 1
-preflight = false
-"""
-
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
@@ -56,23 +28,28 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def config(folder):
-    path = folder / "tiny.toml"
-    path.write_text(CONFIG.format(folder=folder), encoding="utf-8")
-    return str(path)
+@pytest.fixture(scope="module")
+def start(experiment_config):
+    """A function that returns the running command."""
+
+    def run(folder, *arguments):
+        command = [sys.executable, "-m", "babl.cli", "experiment", "run", experiment_config(folder), *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return run
 
 
-def start(folder, *arguments):
-    command = [sys.executable, "-m", "babl.cli", "experiment", "run", config(folder), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture(scope="module")
+def babl(experiment_config):
+    """A function that runs the command in this process and returns exit code, stdout and stderr."""
 
+    def run(folder, action, *arguments):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(["experiment", action, experiment_config(folder), *arguments])
+        return code, out.getvalue(), err.getvalue()
 
-def babl(folder, action, *arguments):
-    """Returns exit code, stdout and stderr of the command in this process, which starts others for training alone."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(["experiment", action, config(folder), *arguments])
-    return code, out.getvalue(), err.getvalue()
+    return run
 
 
 def report_of(folder):
@@ -82,7 +59,7 @@ def report_of(folder):
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(babl, tmp_path_factory):
     """The folder of an experiment that nobody disturbed; tests put back what they change."""
     folder = tmp_path_factory.mktemp("done")
     code, out, err = babl(folder, "run", "--jobs", "1")
@@ -90,7 +67,7 @@ def done(tmp_path_factory):
     return folder
 
 
-def test_a_report_is_the_same_when_repeated_and_everything_verifies(done):
+def test_a_report_is_the_same_when_repeated_and_everything_verifies(babl, done):
     before = report_of(done)
     assert {"report.html", "report.md", "report.json", "table.csv"} <= set(before)
     assert babl(done, "report")[0] == 0 and report_of(done) == before
@@ -98,7 +75,7 @@ def test_a_report_is_the_same_when_repeated_and_everything_verifies(done):
     assert (code, out) == (0, "") and "2 of 2 cells done, 0 mismatches" in err
 
 
-def test_a_finished_experiment_run_again_does_nothing(done):
+def test_a_finished_experiment_run_again_does_nothing(babl, done):
     before = {path: path.stat().st_mtime_ns for path in (done / "tiny" / "cells").rglob("*") if path.is_file()}
     assert babl(done, "run")[0] == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -112,7 +89,7 @@ def test_a_finished_experiment_run_again_does_nothing(done):
         ("run/checkpoints/latest/model.safetensors", "the weights are not those that were trained"),
     ],
 )
-def test_what_was_changed_afterwards_is_found(done, file, line):
+def test_what_was_changed_afterwards_is_found(babl, done, file, line):
     (cell,) = (done / "tiny" / "cells").glob("*-gold-*")
     path = cell / file
     kept = path.read_bytes()
@@ -132,7 +109,7 @@ def test_what_was_changed_afterwards_is_found(done, file, line):
         path.write_bytes(kept)
 
 
-def kill_everything(folder, process):
+def kill_everything(process):
     """The command, and by chance what it has started, are gone from one moment to the next."""
     everything = [process.pid]
     if random.random() < 0.7:
@@ -143,14 +120,14 @@ def kill_everything(folder, process):
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_again_and_again_the_report_is_the_same_to_the_byte(done, tmp_path, kills):
+def test_killed_again_and_again_the_report_is_the_same_to_the_byte(babl, start, done, tmp_path, kills):
     random.seed(kills)
     survived = 0
     for _ in range(kills):
         process = start(tmp_path, "--jobs", "1")
         time.sleep(random.uniform(2, 7))
         if process.poll() is None:
-            kill_everything(tmp_path, process)
+            kill_everything(process)
             survived += 1
     assert survived >= 2
     code, _, err = babl(tmp_path, "run", "--jobs", "1")
@@ -159,7 +136,7 @@ def test_killed_again_and_again_the_report_is_the_same_to_the_byte(done, tmp_pat
     assert not list((tmp_path / "tiny" / "cells").glob("*/lock"))
 
 
-def test_two_at_once_share_the_work_and_jobs_do_too(done, tmp_path):
+def test_two_at_once_share_the_work_and_jobs_do_too(start, done, tmp_path):
     one, two = start(tmp_path, "--jobs", "2"), start(tmp_path, "--jobs", "1")
     outputs = [process.communicate(timeout=240) for process in (one, two)]
     assert (one.returncode, two.returncode) == (0, 0), outputs
@@ -168,7 +145,7 @@ def test_two_at_once_share_the_work_and_jobs_do_too(done, tmp_path):
     assert said.count("trained, loss") == 2, "nobody trained a cell that another had"
 
 
-def test_out_of_time_it_leaves_and_goes_on(done, tmp_path):
+def test_out_of_time_it_leaves_and_goes_on(babl, start, done, tmp_path):
     assert babl(tmp_path, "run", "--limit-minutes", "0.001")[0] == 75
     assert not (tmp_path / "tiny" / "report").exists()
     process = start(tmp_path, "--jobs", "1")
@@ -180,7 +157,7 @@ def test_out_of_time_it_leaves_and_goes_on(done, tmp_path):
     assert report_of(tmp_path) == report_of(done)
 
 
-def test_a_dry_run_tells_what_it_would_take_and_freezes_nothing(tmp_path):
+def test_a_dry_run_tells_what_it_would_take_and_freezes_nothing(babl, tmp_path):
     code, out, err = babl(tmp_path, "run", "--dry-run", "experiment.seeds=[0, 1]")
     assert code == 0, err
     assert out.count("model-gold-s") == 2 and "4 cells and 0 trials" in out
@@ -188,7 +165,7 @@ def test_a_dry_run_tells_what_it_would_take_and_freezes_nothing(tmp_path):
     assert not (tmp_path / "tiny").exists()
 
 
-def test_one_cell_at_a_time_the_settings_chosen_by_trials(tmp_path):
+def test_one_cell_at_a_time_the_settings_chosen_by_trials(babl, tmp_path):
     settings = ['experiment.grid={"optim.lr" = [1e-9, 0.01]}', "experiment.primary=['gold', 'none']"]
     assert babl(tmp_path, "run", *settings, "--only", "1")[0] == 0
     cells = {path.name: path for path in (tmp_path / "tiny" / "cells").iterdir()}
@@ -207,14 +184,14 @@ def test_one_cell_at_a_time_the_settings_chosen_by_trials(tmp_path):
     assert code == 2 and "--only is '7', expected a cell's id or its number from 0 to 1" in err
 
 
-def test_a_run_that_fails_by_the_rule_is_told_and_not_replaced(tmp_path):
+def test_a_run_that_fails_by_the_rule_is_told_and_not_replaced(babl, tmp_path):
     code, _, err = babl(tmp_path, "run", "--jobs", "1", "experiment.failure_loss=0.5")
     assert code == 0 and err.count("failed, the loss at the end is") == 2
     report = (tmp_path / "tiny" / "report" / "report.md").read_text()
     assert "0/1" in report and "failed" in report
 
 
-def test_a_cell_that_breaks_is_no_result(tmp_path):
+def test_a_cell_that_breaks_is_no_result(babl, tmp_path):
     code, _, err = babl(tmp_path, "run", "model.shape={d_model=16, num_heads=-1}", "--only", "0")
     assert code == 1 and "training ended with exit code" in err and "train.log" in err
     assert not list((tmp_path / "tiny" / "cells").glob("*/trained.json"))
@@ -232,6 +209,6 @@ def test_a_cell_that_breaks_is_no_result(tmp_path):
         (["verify"], "no experiment is there"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_two(tmp_path, arguments, message):
+def test_a_mistake_is_one_line_and_exit_code_two(babl, tmp_path, arguments, message):
     code, out, err = babl(tmp_path, *arguments)
     assert (code, out) == (2, "") and message in err and len(err.strip().splitlines()) == 1

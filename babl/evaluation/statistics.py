@@ -334,8 +334,8 @@ def _crossed_error(
     if seeds == 1:
         return math.sqrt(between_articles), df_articles
     variance, least = max(between_seeds + between_articles - both, both), min(seeds - 1.0, df_articles)
-    if variance == 0:
-        return 0.0, least
+    if between_seeds + between_articles == 0:
+        return math.sqrt(variance), least
     shares = between_seeds / variance, between_articles / variance
     df = 1 / (shares[0] ** 1.5 / (seeds - 1) + shares[1] ** 1.5 / df_articles)
     return math.sqrt(variance), max(df, least)

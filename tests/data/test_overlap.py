@@ -55,12 +55,14 @@ def naive(train, test):
     their_answers = set().union(*map(golds, train))
     padded = [f" {normal(context)} " for context in contexts]
     holders = Counter(word for text in padded for word in set(text.split()))
+    their_words = [set(form.split()) for form in theirs]
+    their_vectors = [vectors[form] for form in theirs]
     near, contained = {}, {}
     for form in {normal(e.question) for e in test}:
-        words = set(form.split())
-        jaccard = max(len(words & (w := set(other.split()))) / (len(words | w) or 1) for other in theirs)
-        mine = vectors[form]
-        cosine = max(sum(weight * vectors[other].get(word, 0) for word, weight in mine.items()) for other in theirs)
+        mine = set(form.split())
+        jaccard = max(len(mine & words) / (len(mine | words) or 1) for words in their_words)
+        weights = vectors[form]
+        cosine = max(sum([weights[word] * other[word] for word in weights.keys() & other]) for other in their_vectors)
         near[form] = jaccard, cosine
     for context in {e.context for e in test}:
         for n in (8, 13):

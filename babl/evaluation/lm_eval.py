@@ -14,6 +14,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from babl.errors import UserError, did_you_mean
@@ -81,9 +82,9 @@ class EngineLM(TemplateLM):
         """Returns log-probability, and whether greedy choice writes it, of continuation ids behind context ids."""
         model, device = self.engine.model.eval(), self.engine.device
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        for text, _, target in requests:
-            if not target:
-                raise UserError(f"context and continuation {text} share a token, and none is the continuation's own")
+        for texts, prompt, target in requests:
+            if not prompt or not target:
+                raise UserError(f"of context and continuation {texts}, one has no token of its own")
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]))
         for at in tqdm(range(0, len(order), self.batch_size), desc="log-probabilities", disable=disable_tqdm):
             batch = order[at : at + self.batch_size]
@@ -107,9 +108,8 @@ class EngineLM(TemplateLM):
 
 def _padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the rows as (B, longest) int64, filled with 0 on the right, and a mask, 0 where they are filled."""
-    width = max(1, *map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-    return ids, (torch.arange(width) < torch.tensor([[len(row)] for row in rows])).long()
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    return ids, pad_sequence([torch.ones(len(row), dtype=torch.int64) for row in rows], batch_first=True)
 
 
 def _config(kwargs: dict[str, Any]) -> GenerationConfig:

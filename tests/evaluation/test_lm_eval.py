@@ -103,7 +103,9 @@ def test_the_boundary_is_where_the_whole_text_has_it(model):
     whole = tokenizer.encode("nobody asks who answers")
     assert (prompt, target) == (tokenizer.encode("nobody as"), whole[len(prompt) :])
     assert whole[: len(prompt)] != prompt  # "asks" is one token, and belongs to neither
-    with pytest.raises(UserError, match=r"\('nobody as', 'ks'\) share a token"):
+    with pytest.raises(
+        UserError, match=r"of context and continuation \('nobody as', 'ks'\), one has no token of its own"
+    ):
         model.loglikelihood(ask(("nobody as", "ks")), disable_tqdm=True)
 
 

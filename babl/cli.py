@@ -14,9 +14,9 @@ from babl.errors import UserError
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb; returns 0, 1 where a run failed, or 2 where the input was wrong."""
     args, rest = _parser().parse_known_args(argv)
-    if rest and args.verb != "train":
+    if rest and (args.verb not in ("train", "experiment") or any("=" not in each for each in rest)):
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    if args.verb == "train":
+    if rest:
         args.overrides += rest
     try:
         return args.run(args) or 0
@@ -143,6 +143,19 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("info", info, "what a model folder or checkpoint holds, and whether it is whole")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--json", action="store_true")
+
+    sub = verb(
+        "experiment", experiment, "a frozen grid of models, trained, tested and compared: does the context help?"
+    )
+    sub.add_argument("action", choices=("run", "report", "verify"), help="verify: is everything what was computed?")
+    sub.add_argument("config", metavar="CONFIG.toml")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+    sub.add_argument("--dry-run", action="store_true", help="print cells, work, time, disk and power; train nothing")
+    sub.add_argument("--only", metavar="CELL", help="one cell, by id or number, and no report")
+    sub.add_argument("--jobs", type=int, metavar="N", help="cells at once (default one a CPU, or one with a GPU)")
+    sub.add_argument(
+        "--limit-minutes", type=float, metavar="M", help="then leave with exit code 75; run it again to go on"
+    )
 
     sub = verb("verify", verify, "prove that a training script, edited or not, still does what it should")
     sub.add_argument("script", nargs="?", type=Path, metavar="SCRIPT", help="default Babl's own loop")
@@ -395,6 +408,19 @@ def info(args: argparse.Namespace) -> None:
     if (Path(args.model) / MANIFEST).exists():
         facts["whole"] = find_fault(Path(args.model)) or "yes"
     _show(facts, args.json)
+
+
+def experiment(args: argparse.Namespace) -> int:
+    """Runs scripts/experiment.py."""
+    from babl.scripts import experiment as program
+
+    if args.action == "report":
+        return program.report(args.config, args.overrides)
+    if args.action == "verify":
+        return program.verify(args.config, args.overrides)
+    if args.dry_run:
+        return program.dry_run(args.config, args.overrides)
+    return program.run(program.Request(args.config, args.overrides, args.only, args.jobs, args.limit_minutes))
 
 
 def verify(args: argparse.Namespace) -> int:

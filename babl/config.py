@@ -40,7 +40,12 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
         if not isinstance(tree.setdefault(section, {}), dict):
             raise UserError(f"{path}: {section} is not a section")
         tree[section][name] = _parse(text)
-    return _build(cls, tree, str(path), "")
+    return build_config(cls, tree, str(path))
+
+
+def build_config(cls: type[T], tree: dict[str, Any], source: str) -> T:
+    """Returns the configuration of a parsed TOML file; errors name `source` and are those of `load_config`."""
+    return _build(cls, tree, source, "")
 
 
 def save_config(config: Any, path: Path) -> None:
@@ -83,8 +88,10 @@ def _check(value: Any, expected: Any, file: str, key: str) -> Any:
         return value
     if expected is float and type(value) is int:
         return float(value)
-    if expected is dict or typing.get_origin(expected) is dict:
-        expected = dict
+    if typing.get_origin(expected) is list and type(value) is list:
+        (item,) = typing.get_args(expected)
+        return [_check(each, item, file, f"{key}[{i}]") for i, each in enumerate(value)]
+    expected = typing.get_origin(expected) or expected
     if type(value) is not expected:
         raise UserError(f"{file}: {key} is {json.dumps(value, default=str)}, expected {expected.__name__}")
     return value

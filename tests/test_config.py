@@ -1,3 +1,5 @@
+from dataclasses import dataclass, field
+
 import pytest
 
 from babl.config import load_config, save_config
@@ -46,3 +48,24 @@ def test_a_wrong_key_or_value_is_named(tmp_path, text, override, message):
 def test_an_absent_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no\.toml: no such configuration file"):
         load_config(TrainConfig, tmp_path / "no.toml")
+
+
+@dataclass
+class Listed:
+    names: list[str] = field(default_factory=list)
+    pairs: list[list[int]] = field(default_factory=list)
+
+
+@dataclass
+class WithLists:
+    all: Listed = field(default_factory=Listed)
+
+
+def test_every_item_of_a_list_is_checked(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('[all]\nnames = ["a"]\npairs = [[1, 2]]\n')
+    assert load_config(WithLists, path).all == Listed(["a"], [[1, 2]])
+    with pytest.raises(UserError, match=r"all\.names\[1\] is 2, expected str"):
+        load_config(WithLists, path, ['all.names=["a", 2]'])
+    with pytest.raises(UserError, match=r"all\.pairs\[0\] is 1, expected list"):
+        load_config(WithLists, path, ["all.pairs=[1]"])

@@ -1,7 +1,6 @@
 """Which questions a run trains and validates on."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from babl.data.contexts import TrainArm, View, see
 from babl.data.fictional import fictional_examples
@@ -23,7 +22,6 @@ class DataConfig:
         max_source_tokens: Longest prompt in tokens; longer contexts are read through windows.
         stride: Tokens neighbouring windows share.
         context_seed: Of the arm's draws.
-        exclude: A file of question ids, one a line, that are neither trained nor validated on.
     """
 
     train: str = FICTIONAL
@@ -32,7 +30,6 @@ class DataConfig:
     max_source_tokens: int = 512
     stride: int = 128
     context_seed: int = 0
-    exclude: str = ""
 
 
 def load_sets(cfg: DataConfig, seed: int) -> tuple[list[Example], list[Example]]:
@@ -52,22 +49,13 @@ def load_sets(cfg: DataConfig, seed: int) -> tuple[list[Example], list[Example]]
 
 
 def load_views(cfg: DataConfig, examples: list[Example]) -> list[View]:
-    """Returns what the model is shown of the examples: those that the arm can be built for and `exclude` does not name.
+    """Returns what the model is shown of the examples that the arm can be built for.
 
     Raises:
-        UserError: The file cannot be read, or nothing is left.
+        UserError: There are none.
     """
-    excluded: set[str] = set()
-    if cfg.exclude:
-        try:
-            excluded = set(Path(cfg.exclude).read_text(encoding="utf-8").split())
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"data.exclude: {cfg.exclude} cannot be read ({error})") from None
     views, missing = see(examples, cfg.context, cfg.context_seed)
-    views = [view for view in views if view.id not in excluded]
     if not views:
-        raise UserError(
-            f'data.context is "{cfg.context}", which leaves none of {len(examples)} questions: {len(missing)} cannot '
-            f"be built, {len(examples) - len(missing)} are excluded"
-        )
+        reason = next(iter(missing.values()))
+        raise UserError(f'data.context is "{cfg.context}", which can be built for no question: {reason}')
     return views

@@ -199,23 +199,25 @@ def to_squad(examples: Sequence[Example]) -> dict[str, Any]:
     return {"version": "v2.0" if impossible else "1.1", "data": data}
 
 
-def split_by_article(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+def split_by_article(
+    examples: Sequence[Example], fraction: float, seed: int, at_least: int = 1
+) -> tuple[list[Example], list[Example]]:
     """Returns a training and a validation part that share no article.
 
-    Articles enter the validation part in the order of a hash of their title, until it has its share of the questions;
-    at least one article stays on each side.
+    Articles enter the validation part in the order of a hash of their title, until it has its share of the questions.
 
     Args:
-        examples: Of at least two articles.
+        examples: Of at least twice as many articles as each side must have.
         fraction: Share of the questions, in (0, 1).
         seed: Of the hash.
+        at_least: Articles on each side.
     """
     titles = sorted({e.title for e in examples}, key=lambda t: hashlib.sha256(f"{seed}/{t}".encode()).digest())
-    if len(titles) < 2:
-        raise UserError(f"a validation slice needs at least 2 articles, the data has {len(titles)}")
+    if len(titles) < 2 * at_least:
+        raise UserError(f"a validation slice needs at least {2 * at_least} articles, the data has {len(titles)}")
     held: set[str] = set()
-    for title in titles[:-1]:
-        if held and sum(e.title in held for e in examples) >= fraction * len(examples):
+    for title in titles[:-at_least]:
+        if len(held) >= at_least and sum(e.title in held for e in examples) >= fraction * len(examples):
             break
         held.add(title)
     return [e for e in examples if e.title not in held], [e for e in examples if e.title in held]

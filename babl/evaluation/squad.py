@@ -10,7 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from babl.errors import UserError
+from babl.evaluation.selective import tie_safe_best
 from babl.text.normalize import normalize_answer
 
 Version = Literal["1.1", "2.0"]
@@ -27,12 +30,17 @@ def f1(prediction: str, gold: str, version: Version) -> float:
 
     Two texts that both normalise to nothing score 0 in version 1.1 and 1 in version 2.0.
     """
-    predicted, golden = normalize_answer(prediction).split(), normalize_answer(gold).split()
-    if version == "2.0" and not (predicted and golden):
-        return float(predicted == golden)
-    same = sum((Counter(predicted) & Counter(golden)).values())
-    if same == 0:
+    return _f1(normalize_answer(prediction), normalize_answer(gold), version)
+
+
+def _f1(prediction: str, gold: str, version: Version) -> float:
+    """Returns the F1 of normalised texts."""
+    if prediction == gold:
+        return float(version == "2.0" or gold != "")
+    predicted, golden = prediction.split(), gold.split()
+    if set(predicted).isdisjoint(golden):
         return 0.0
+    same = sum((Counter(predicted) & Counter(golden)).values())
     precision, recall = same / len(predicted), same / len(golden)
     return 2 * precision * recall / (precision + recall)
 
@@ -73,8 +81,9 @@ def question_scores(
         if qid in scores:
             raise UserError(f"question id {qid} stands twice in the data set")
         has_answer = bool(golds)
+        normal = {normalize_answer(gold) for gold in golds}
         if version == "2.0":  # golds that normalise to nothing are dropped, and no gold is the gold ""
-            golds = [gold for gold in golds if normalize_answer(gold)] or [""]
+            normal = normal - {""} or {""}
         elif not golds:
             raise UserError(f"question {qid} has no answer, which version 1.1 does not know; score it as 2.0")
         prediction = predictions.get(qid)
@@ -84,8 +93,9 @@ def question_scores(
         elif not isinstance(prediction, str):
             raise UserError(f"prediction of question {qid} is {prediction!r}, expected a string")
         else:
-            exact = max(exact_match(prediction, gold) for gold in golds)
-            overlap = max(f1(prediction, gold, version) for gold in golds)
+            predicted = normalize_answer(prediction)
+            exact = float(predicted in normal)
+            overlap = max(_f1(predicted, gold, version) for gold in normal)
         scores[qid] = QuestionScore(exact, overlap, has_answer, title, qa.get("grade", ""))
     if absent and missing == "error":
         first = ", ".join(absent[:3])
@@ -105,11 +115,12 @@ def score(
     version: Version | None = None,
     missing: Missing = "error",
 ) -> dict[str, Any]:
-    """Returns the metrics in percent, under the official keys.
+    """Returns the metrics in percent, under the official keys where there is one.
 
     Version 1.1: exact_match, f1, total. Version 2.0: exact, f1, total, the same for questions with an answer (HasAns_*)
-    and without (NoAns_*), and, only where `na_prob` is given, best_* and the average precisions pr_*_ap. The best_*
-    thresholds are fitted on the very questions they are reported on.
+    and without (NoAns_*), and, only where `na_prob` is given, best_* and the average precisions pr_*_ap. Beside the
+    official best_*, oracle_best_* are what a threshold can in fact reach (`selective.tie_safe_best`); both are fitted
+    on the very questions they are reported on.
 
     Args:
         dataset: A parsed SQuAD file.
@@ -154,6 +165,9 @@ def score(
         for name, raw in (("exact", exact), ("f1", overlap)):
             best, threshold = _best_threshold(raw, probabilities, has_answer, predictions)
             result |= {f"best_{name}": best, f"best_{name}_thresh": threshold}
+            columns = (np.array([column[qid] for qid in scores]) for column in (raw, probabilities, has_answer))
+            best, threshold = tie_safe_best(*columns)
+            result |= {f"oracle_best_{name}": 100.0 * best, f"oracle_best_{name}_thresh": threshold}
         if any(has_answer.values()):
             oracle = {qid: float(has) for qid, has in has_answer.items()}
             for name, raw in (("exact", exact), ("f1", overlap), ("oracle", oracle)):

@@ -24,17 +24,11 @@ def test_a_validation_file_of_the_same_articles_is_refused(train_file):
         load_sets(DataConfig(str(train_file), str(train_file)), 0)
 
 
-def test_excluded_questions_are_not_shown_and_change_no_other(train_file, tmp_path):
+def test_an_arm_that_no_question_has_is_an_error(train_file):
     cfg = DataConfig(str(train_file), context="random")
     train, _ = load_sets(cfg, 0)
-    whole = load_views(cfg, train)
-    exclude = tmp_path / "exclude.txt"
-    exclude.write_text(f"{train[0].id}\n{train[5].id}\n", encoding="utf-8")
-    cfg.exclude = str(exclude)
-    assert load_views(cfg, train) == [*whole[1:5], *whole[6:]]
-    exclude.write_text("\n".join(e.id for e in train), encoding="utf-8")
-    with pytest.raises(UserError, match=f'"random", which leaves none of {len(train)} questions'):
-        load_views(cfg, train)
-    cfg.exclude = str(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"data\.exclude: .*nowhere cannot be read"):
-        load_views(cfg, train)
+    one_article = [e for e in train if e.title == train[0].title]
+    with pytest.raises(
+        UserError, match='"random", which can be built for no question: no paragraph of another article'
+    ):
+        load_views(cfg, one_article)

@@ -279,6 +279,17 @@ def timing_rows(results: Results) -> list[Row]:
     ]
 
 
+def trial_rows(results: Results) -> list[Row]:
+    """Returns every trial of the grid, and whether its settings are those that its arm was trained with."""
+    chosen = {(cell.model, cell.arm): cell.trained["chosen"] for cell in results.cells if cell.trained}
+    return [
+        trial
+        | {"settings": _settings(trial["settings"])}
+        | {"chosen": chosen.get((trial["model"], trial["arm"])) == trial["settings"]}
+        for trial in results.trials
+    ]
+
+
 # ---- what the pictures show
 
 
@@ -333,7 +344,7 @@ def learning_curves(results: Results) -> list[Row]:
         {"model": cell.model, "arm": cell.arm, "seed": cell.seed, "failed": bool(cell.failed)} | point
         for cell in results.cells
         if cell.trained
-        for point in cell.trained["curve"]
+        for point in cell.trained.get("curve", [])
     ]
 
 

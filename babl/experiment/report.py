@@ -154,6 +154,7 @@ def summarise(results: Results) -> dict[str, Any]:
         "counterfactual": analysis.counterfactual(results),
         "selective": worth,
         "cells": analysis.cell_rows(results),
+        "trials": analysis.trial_rows(results),
         "unequal": analysis.unequal(results),
         "post_hoc": analysis.post_hoc(results, compared),
         "overlap": results.overlap,

@@ -14,8 +14,8 @@ from babl.data.overlap import find_overlap
 from babl.data.squad import load_squad, parse_squad, to_squad
 from babl.evaluation.predictions import file_hash
 from babl.evaluation.squad import score
+from babl.experiment.plan import tree_hash
 from babl.experiment.report import write_report
-from babl.experiment.results import plan_hash
 from babl.experiment.strata import STRATA
 
 MODEL = "tiny-t5"
@@ -66,7 +66,9 @@ class Experiment:
         write(folder / "data" / "overlap.json", overlap.summary)
         write(folder / "data" / "classes.json", {"strict": overlap.classes, "loose": overlap.loose_classes})
         self.cells = [
-            {"id": f"{arm}-{seed}", "model": MODEL, "arm": arm, "seed": seed} for arm in ARMS for seed in SEEDS
+            {"id": f"{arm}-{seed}", "model": MODEL, "arm": arm, "seed": seed, "settings": {}}
+            for arm in ARMS
+            for seed in SEEDS
         ]
         self.plan = {
             "name": "known truth",
@@ -79,7 +81,8 @@ class Experiment:
             "arms": list(ARMS),
             "tests": list(TESTS),
             "seeds": list(SEEDS),
-            "grid": {"lr": [0.001]},
+            "grid": {},
+            "trials": [],
             "strata": list(STRATA),
             "failure_loss": None,
             "bootstrap_samples": 200,
@@ -95,7 +98,7 @@ class Experiment:
         self.freeze()
 
     def freeze(self):
-        write(self.folder / "plan.json", self.plan | {"hash": plan_hash(self.plan)})
+        write(self.folder / "plan.json", self.plan | {"hash": tree_hash(self.plan)})
 
     def cell(self, cell):
         return self.folder / "cells" / cell["id"]
@@ -114,7 +117,7 @@ class Experiment:
         ]
         trained = {"failed": failed, "weights": hashlib.sha256(cell["id"].encode()).hexdigest(), "parameters": 12345}
         trained |= points[-1] | {"steps": 40, "final_loss": 0.25, "order": f"order of seed {seed}"}
-        trained |= {"curve": points, "chosen": {"lr": 0.001}}
+        trained |= {"curve": points, "chosen": {"optim.lr": 0.001}}
         write(self.cell(cell) / "trained.json", trained)
         write(self.cell(cell) / "seconds.json", {"train": 12.5, "predict": 3.25})
 

@@ -96,7 +96,7 @@ def test_the_main_table_counts_and_averages(reported):
     assert row["exact_sd"] == pytest.approx(np.std(seeds, ddof=1), abs=1e-5)
     cut = np.mean([100 * ~outcome.complete for outcome in outcomes.values()])
     assert row["truncated"] == pytest.approx(cut, abs=1e-5) and cut > 0
-    assert (row["train_tokens"], row["flops"], row["chosen"]) == (36000, 4e10, "lr 0.001")
+    assert (row["train_tokens"], row["flops"], row["chosen"]) == (36000, 4e10, "optim.lr 0.001")
     assert row["plan"] == json.loads((reported.folder / "plan.json").read_text())["hash"][:12]
 
 
@@ -113,7 +113,8 @@ def test_a_missing_and_a_failed_cell_are_shown(experiment):
     for cell in others:
         experiment.finish(cell)
     experiment.finish(failed)
-    experiment.train(failed, failed="final loss 9.1 above 2.0")
+    trained = experiment.cell(failed) / "trained.json"
+    trained.write_text(json.dumps({"failed": "final loss 9.1 above 2.0", "chosen": {}}))
     report = report_of(experiment)
     row = next(row for row in report["table"] if row["side"] == "gold")
     assert (row["seeds_done"], row["seeds_planned"], row["seeds_failed"]) == (1, 3, 1)
@@ -158,6 +159,27 @@ def test_arms_that_were_not_trained_alike_are_named(finished):
     path.write_text(path.read_text().replace("order of seed 1", "another order"))
     assert report_of(finished)["unequal"] == ["tiny-t5, seed 1: the arms differ in order of questions"]
     assert "the arms differ in order of questions" in (finished.folder / "report" / "report.html").read_text()
+
+
+def test_every_trial_of_the_grid_is_told_and_which_was_chosen(finished):
+    rates = (0.001, 0.01, 0.1)
+    trials = [{"id": f"try-{rate}", "model": "tiny-t5", "arm": "gold", "seed": 0} for rate in rates]
+    finished.plan["trials"] = [t | {"settings": {"optim.lr": rate}} for t, rate in zip(trials, rates, strict=True)]
+    finished.freeze()
+    finished.train(trials[0])
+    claim = finished.predict(trials[0], "gold")
+    (finished.cell(trials[0]) / "scored.json").write_text(json.dumps({"gold": claim}))
+    finished.train(trials[2], failed="the loss is not finite")
+    told = {row["settings"]: row for row in report_of(finished)["trials"]}
+    assert told["optim.lr 0.001"]["exact"] == pytest.approx(claim["exact"], abs=1e-5)
+    assert [row["chosen"] for row in told.values()] == [True, False, False]
+    assert told["optim.lr 0.1"]["failed"] == "the loss is not finite" and "exact" not in told["optim.lr 0.01"]
+    assert "the loss is not finite" in (finished.folder / "report" / "report.md").read_text()
+    assert read(finished)["post_hoc"] == []
+    path = finished.cell(trials[0]) / "predictions" / "gold.jsonl"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(UserError, match=r"try-0.001/predictions/gold\.jsonl: its hash is"):
+        write_report(finished.folder)
 
 
 def test_standard_errors_that_disagree_are_flagged(finished):

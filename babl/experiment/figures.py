@@ -262,7 +262,7 @@ def same_arm(figure: Figure, rows: list[Row]) -> None:
         axes.stairs(share, edges, color=colour, linewidth=2, label=f"{label} ({len(p)})")
     axes.axhline(10, color=INK, linewidth=1, linestyle="--")
     axes.set(xlim=(0, 1), ylim=(0, None), xlabel="p", ylabel="contrasts, %")
-    axes.legend()
+    _legend(figure)
 
 
 def _percent_square(figure: Figure) -> Axes:

@@ -1,8 +1,7 @@
 """The pictures of a report, each drawn from the rows of its CSV file alone; the same rows give the same bytes.
 
-Text stays text, and ink takes the colour of the page around it, so one picture serves light, dark and print. They are as
-wide as a telephone shows without making them smaller. Colours are told apart by the colour-blind; lines and dots differ
-in marker, too.
+Text stays text, and ink takes the colour of the page around it, so one picture serves light, dark and print. They are
+as narrow as a telephone. Colours are told apart by the colour-blind; lines and dots differ in marker, too.
 """
 
 import io
@@ -22,7 +21,7 @@ INK = "#123456"  # stands for the page's text colour
 GREY = "#8a8a8a"
 WIDTH = 5.0  # inches
 LINE = 0.27  # inches a row of text takes
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "babl",
     "svg.fonttype": "none",
     "font.size": 10,
@@ -30,14 +29,10 @@ STYLE = {
     "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
     "legend.frameon": False,
     "legend.fontsize": 9,
     "axes.formatter.use_mathtext": True,
-} | dict.fromkeys(
-    ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK
-)
+} | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 
 # Okabe and Ito 2008, with shades beside it.
 COLOURS = {
@@ -236,9 +231,8 @@ def errors(figure: Figure, rows: list[Row]) -> None:
     axes = figure.subplots()
     left = np.zeros(len(sides))
     for kind, colour in zip(kinds, ERROR_COLOURS, strict=False):
-        share = np.array(
-            [row["percent"] for side in sides for row in rows if (row["side"], row["kind"]) == (side, kind)]
-        )
+        of_kind = {row["side"]: row["percent"] for row in rows if row["kind"] == kind}
+        share = np.array([of_kind[side] for side in sides])
         axes.barh(range(len(sides)), share, 0.7, left=left, color=colour, label=kind)
         for y, (start, value) in enumerate(zip(left, share, strict=True)):
             if value >= 8:

@@ -117,12 +117,14 @@ def _contrast(results: Results, model: str, pair: Pair, roles: list[str]) -> Row
     titles = results.titles
     d = _differences(a, b, seeds, metric)
     per_question = d.mean(0)
-    low, high = crossed_interval(d, titles)
-    redrawn_low, redrawn_high = crossed_bootstrap(d, titles, samples=samples)
+    low, high = np.clip(np.array(crossed_interval(d, titles)), -100, 100)
+    redrawn_low, redrawn_high = np.clip(np.array(crossed_bootstrap(d, titles, samples=samples)), -100, 100)
     models_low, models_high = cluster_bootstrap(per_question, titles, samples=samples)
     se, df = crossed_standard_error(d, titles)
     se_articles, se_redrawn = cluster_standard_error(per_question, titles), (models_high - models_low) / (2 * 1.96)
     row |= {
+        "mean_a": np.mean([getattr(a[seed], metric) for seed in seeds]),
+        "mean_b": np.mean([getattr(b[seed], metric) for seed in seeds]),
         "difference": d.mean(),
         "low": low,
         "high": high,

@@ -186,11 +186,10 @@ def answer(report: dict[str, Any], model: str) -> str:
         scored = sum(cell["state"] == "scored" for cell in cells)
         return f"Not known yet: of the {len(cells)} cells that would tell, {scored} are scored, none of them a pair."
     metric = report["plan"]["primary"]["metric"]
-    levels = {r["side"]: r[metric] for r in report["table"] if r["model"] == model}
     shown = row["p"] < LEVEL and (row["low"] > 0 or row["high"] < 0)
     verdict = ("Yes" if row["difference"] > 0 else "No, it harms") if shown else "Not shown"
     between = " and ".join(
-        f"{percent(levels[side])} % {IN_WORDS.get(side, f'in arm {side}')}" for side in (a, b) if side in levels
+        f"{percent(row[key])} % {IN_WORDS.get(side, f'in arm {side}')}" for key, side in (("mean_a", a), ("mean_b", b))
     )
     text = f"{verdict}. {METRICS[metric].capitalize()} is {between}: {difference(row)} points, p {is_p(row['p'])}."
     for placebo in rows:

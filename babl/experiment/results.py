@@ -204,7 +204,7 @@ def _cell(folder: Path, named: Mapping[str, Any], scorer: "_Scorer") -> Cell:
 class _Scorer:
     """Scores predictions against what is right under their condition."""
 
-    def __init__(self, test: Sequence[Example], context_seed: int):
+    def __init__(self, test: list[Example], context_seed: int):
         self.test, self.context_seed = test, context_seed
         self.version: Version = dataset_version(to_squad(test))
         self.datasets: dict[bool, dict[str, Any]] = {}  # by whether the answers are rewritten

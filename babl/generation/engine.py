@@ -159,6 +159,16 @@ def _close(logits: Tensor) -> Tensor:
     return first - second < ROUNDING * logits.abs().amax(-1)
 
 
+def prompt_limit(context: int | None, max_new_tokens: int) -> int | None:
+    """Returns the most tokens of a prompt that leave room for an answer, at least half the context; None for any.
+
+    Args:
+        context: Of the model, in tokens; None where it has no bound.
+        max_new_tokens: Of the answer.
+    """
+    return None if context is None else context - min(max_new_tokens, context // 2)
+
+
 class Decoding:
     """Rows that are answered together, one step at a time.
 
@@ -173,6 +183,7 @@ class Decoding:
         self.engine, self.rows, self.read = engine, rows, False
         self._drafted = max((row.config.prompt_lookup_num_tokens for row in rows), default=0)
         self._reading = self._read(read_tokens)
+        self._step: Callable[[Tensor, Cache], Tensor] = self._plain_step
         self._cache: Cache
         self._tied = False  # whether a choice was too close to be made among several tokens
 
@@ -233,7 +244,6 @@ class Decoding:
             self._cache.cut(torch.tensor([len(prompt) for prompt in prompts], device=engine.device), width)
         for row, length in zip(self.rows, self._cache.lengths.tolist(), strict=True):
             row.origin = length
-        self._step: Callable[[Tensor, Cache], Tensor] = self._plain_step
         if engine.device.type == "cuda" and len(self.rows) == 1 and not self._drafted and engine.hook is None:
             # One row waits for kernel launches more than for anything else.
             self._step = GraphedStep(self._plain_step, self._cache)
@@ -331,13 +341,8 @@ class Engine:
         return cls(model, load_tokenizer(folder))
 
     def prompt_limit(self, max_new_tokens: int) -> int | None:
-        """Returns the most tokens of a prompt that leave room for an answer, at least half the context; None for any.
-
-        Args:
-            max_new_tokens: Of the answer.
-        """
-        context = self.model.context_length
-        return None if context is None else context - min(max_new_tokens, context // 2)
+        """Returns the most tokens of a prompt that leave room for an answer, see `prompt_limit`."""
+        return prompt_limit(self.model.context_length, max_new_tokens)
 
     def generate(self, prompts: Sequence[Prompt], **settings: object) -> list[str]:
         """Returns the text written for each prompt, in order.

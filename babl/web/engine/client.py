@@ -194,11 +194,19 @@ class EngineClient:
         Raises:
             EngineError: It is being loaded, or is answering.
         """
-        left = (await self._call(lambda id: Unload(id, model), ModelStates)).models
-        busy = any(state.state in ("loading", "loaded") for state in left) or self._calls
-        if not busy and not self._streams and self._line is not None:
-            self._replacing = True  # who comes now is held until the new process is there
-            self._settled.clear()
+        await self._call(lambda id: Unload(id, model), ModelStates)
+        if self._replacing or self._streams:
+            return
+        self._replacing = True  # who comes now is held until the new process is there
+        self._settled.clear()
+        if self._calls:
+            await asyncio.wait(self._calls.values())
+        if self._line is not None:  # it did not break down meanwhile
+            left = (await self._ask(ListModels, ModelStates)).models
+            if any(state.state in ("loading", "loaded") for state in left):
+                self._replacing = False
+                self._release()
+                return
             self._line.close()
         await self._until_ready()
 
@@ -222,6 +230,9 @@ class EngineClient:
 
     async def _call(self, make: Callable[[str], msgspec.Struct], kind: type[R]) -> R:
         await self._until_ready()
+        return await self._ask(make, kind)
+
+    async def _ask(self, make: Callable[[str], msgspec.Struct], kind: type[R]) -> R:
         assert self._line is not None
         id = f"call-{next(self._call_ids)}"
         answer = self._calls[id] = asyncio.get_running_loop().create_future()
@@ -243,6 +254,12 @@ class EngineClient:
         finally:
             if not last:
                 await self.cancel(stream.request.id)
+
+    def _release(self) -> None:
+        """Who was held goes to the engine process, which is ready."""
+        self._settled.set()
+        for stream in [stream for stream in self._streams.values() if not stream.sent]:
+            self._send(stream)
 
     def _send(self, stream: _Stream) -> None:
         assert self._line is not None
@@ -270,9 +287,7 @@ class EngineClient:
             self.pid = message.pid
             self._hopeless = ""
             self._started.set_result(None)
-            self._settled.set()
-            for stream in list(self._streams.values()):
-                self._send(stream)
+            self._release()
         elif isinstance(message, Reply):
             call = self._calls.get(message.id)
             if call is None or call.done():  # nobody waits any more

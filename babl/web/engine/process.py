@@ -8,6 +8,7 @@ import asyncio
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,6 +92,9 @@ class Server:
                 result = ModelStates(await self.worker.models())
         except UserError as error:
             result = Failed(message.id, code, str(error))
+        except Exception as error:
+            traceback.print_exc(file=sys.stderr)
+            result = Failed(message.id, "engine", f"the engine could not say ({type(error).__name__})")
         self.line.send(Reply(message.id, result))
 
 

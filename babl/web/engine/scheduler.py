@@ -125,8 +125,9 @@ class Desk:
         started, rows = time.perf_counter(), decoding.rows
         tokens = min(self.read_tokens, len(rows) * max(len(row.prompt) for row in rows))
         decoding.step()
-        speed = tokens / (time.perf_counter() - started)
-        self.read_tokens = int(min(max(speed * READ_SECONDS, READ_TOKENS[0]), READ_TOKENS[1]))
+        might = int(min(max(READ_SECONDS * tokens / (time.perf_counter() - started), READ_TOKENS[0]), READ_TOKENS[1]))
+        if tokens > self.read_tokens // 2 or might > self.read_tokens:  # a short prompt says little of a long one
+            self.read_tokens = might
         if not decoding.read:
             return
         self.reading.popleft()
@@ -297,6 +298,10 @@ class Scheduler:
                 task.prepared.check()
             except UserError as error:
                 self.emit(Failed(task.id, "prompt", str(error)))
+                continue
+            except Exception as error:  # a chat template is a stranger's code
+                traceback.print_exc(file=sys.stderr)
+                self.emit(Failed(task.id, "prompt", f"the prompt cannot be made ({type(error).__name__})"))
                 continue
             task.begun = time.monotonic()
             running.append(task)

@@ -119,8 +119,9 @@ def test_leaving_an_answer_or_cancelling_it_ends_it(client, loop, chat):
 
 def test_a_slow_reader_gets_all_the_text_in_few_pieces(client, loop, chat):
     async def read():
-        stream = client.submit(chat("bloom", "the fox", max_new_tokens=200, temperature=2.0, seed=3))
-        while (await client.stats()).running == 0 or (await client.stats()).running:
+        request = chat("bloom", "the fox", max_new_tokens=200, temperature=2.0, seed=3)
+        stream = client.submit(request)
+        while request.id in client._streams:  # until it is whole
             await asyncio.sleep(0.01)
         return [event async for event in stream]
 
@@ -168,7 +169,18 @@ def test_unloading_the_last_model_gives_all_memory_back(started, loop, tmp_path,
     loop.run(client.unload("one"))
     half = loop.run(client.stats())
     assert half.pid == pid and half.rss < loaded - (70 << 20)
-    loop.run(client.unload("two"))
+
+    async def unload():  # while others ask, and one comes in the middle
+        calls = [asyncio.create_task(client.models()) for _ in range(3)]
+        unloading = asyncio.create_task(client.unload("two"))
+        while not client._replacing:
+            await asyncio.sleep(0)
+        held = client.submit(complete("absent", "fox"))
+        await unloading
+        return [await call for call in calls], await until(held, Failed)
+
+    listed, failed = loop.run(unload())
+    assert all(len(states) == 2 for states in listed) and failed.code == "model"
     after = loop.run(client.stats())
     print(f"rss in MiB: {before >> 20} before, {loaded >> 20} loaded, {half.rss >> 20} half, {after.rss >> 20} after")
     assert abs(after.rss - before) <= 0.05 * before
@@ -258,15 +270,21 @@ def test_a_cancel_of_an_unknown_request_changes_nothing(process, loop, chat):
 
 def test_an_engine_that_cannot_be_started_keeps_nobody_waiting(loop, monkeypatch, chat, answer):
     monkeypatch.setattr(client_module, "WAITS", (0.0, 0.0))
+    python = sys.executable
     monkeypatch.setattr(sys, "executable", "/bin/false")
     client = EngineClient(scripted=True)
     with pytest.raises(EngineError, match="the engine cannot be started"):
         loop.run(client.start())
     (events,) = answer(client, chat("scripted", "x"))
     assert [(event.code, "cannot be started" in event.message) for event in events] == [("engine", True)]
-    monkeypatch.undo()
-    loop.run(asyncio.sleep(0.3))  # it is tried again all the time
-    assert answer(client, chat("scripted", "tokens=1 a"))[0][-1] != events[0]
+    monkeypatch.setattr(sys, "executable", python)
+
+    async def ready():  # it is tried again all the time
+        while client.pid is None:
+            await asyncio.sleep(0.01)
+
+    loop.run(asyncio.wait_for(ready(), 20))
+    assert answer(client, chat("scripted", "tokens=1 a"))[0][-1].text == "a"
     loop.run(client.stop())
     (events,) = answer(client, chat("scripted", "x"))
     assert (events[-1].code, events[-1].message) == ("engine", "the engine is not started")

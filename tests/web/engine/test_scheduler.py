@@ -152,6 +152,7 @@ def test_a_cancel_is_seen_at_the_next_step_in_every_state(hand, loop, folder, co
     made.turn(3)
     assert made.scheduler.steps == steps + 1 and not made.scheduler._running()
 
+    made.scheduler._desks["bloom"].read_tokens = 64  # as on a slow machine
     (reading,) = made.submit(complete("bloom", LONG * 8, max_new_tokens=500))
     made.turn(2)
     assert made.kinds(reading) == ["Queued", "Reading"] and not made.scheduler._desks["bloom"].reading[0].read
@@ -251,6 +252,19 @@ def test_what_cannot_be_answered_says_why(hand, loop, complete, monkeypatch):
     loop.run(made.finish(id))
     assert made.last(id).code == "model"
     assert made.last(id).message == "bloom needs 256 MiB of memory, but 100 MiB are free; unload another model"
+
+
+def test_a_request_that_breaks_its_preparation_fails_alone(hand, loop, chat, capsys):
+    made = hand("talks")
+    made.scheduler._desks["talks"].loaded.reader.tokenizer.chat_template = "{{ messages[5:][0].content + 1 }}"
+    (id,) = made.submit(chat("talks", "x"))
+    made.turn()
+    assert made.last(id).code == "prompt" and "chat template failed" in made.last(id).message
+    made.scheduler._desks["talks"].loaded.reader.tokenizer.chat_template = "{{ messages | length + 'x' }}"
+    (id,) = made.submit(chat("talks", "x"))
+    made.turn()
+    assert made.last(id) == Failed(id, "prompt", "the prompt cannot be made (TypeError)")
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_model_that_breaks_down_fails_its_own_answers_alone(hand, loop, complete, capsys):

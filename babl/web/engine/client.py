@@ -38,6 +38,7 @@ from babl.web.engine.protocol import (
     Stats,
     Unload,
 )
+from babl.web.engine.turns import MOST_RUNNING, MOST_WAITING
 
 DEFAULT_FOLDERS = (Path("models"), Path("runs"))
 START_SECONDS = 120.0  # that the engine process has to be ready
@@ -104,8 +105,8 @@ class EngineClient:
         scripted: bool = False,
         device: str = "auto",
         dtype: str = "auto",
-        most_waiting: int = 64,
-        most_running: int = 32,
+        most_waiting: int = MOST_WAITING,
+        most_running: int = MOST_RUNNING,
     ):
         self._arguments = ["--device", device, "--dtype", dtype]
         self._arguments += ["--most-waiting", str(most_waiting), "--most-running", str(most_running)]
@@ -127,7 +128,7 @@ class EngineClient:
         """The engine process is ready.
 
         Raises:
-            EngineError: It cannot be started.
+            EngineError: It cannot be started; that is tried again all the same, until `stop`.
         """
         self._supervisor = asyncio.create_task(self._supervise())
         await self._until_ready()
@@ -337,10 +338,10 @@ class EngineClient:
 
     async def _live(self, socket: str, losses: "Losses") -> bool:
         """Returns whether the process became ready; one has been started, and has ended."""
-        # In a process group of its own, so that Ctrl-C reaches this process alone, which then ends the other.
+        # In a session of its own, so that Ctrl-C reaches this process alone, which then ends the other.
         command = [sys.executable, "-m", "babl.web.engine.process", "--socket", socket, *self._arguments]
         self._started = asyncio.get_running_loop().create_future()
-        process = await asyncio.create_subprocess_exec(*command, process_group=0)
+        process = await asyncio.create_subprocess_exec(*command, start_new_session=True)
         ended = asyncio.ensure_future(process.wait())
         connecting = asyncio.ensure_future(losses.get())
         try:

@@ -33,6 +33,7 @@ from babl.web.engine.protocol import (
     ToEngine,
     Unload,
 )
+from babl.web.engine.turns import MOST_RUNNING, MOST_WAITING
 
 GOODBYE = 2.0  # seconds that the last events have to arrive
 
@@ -137,8 +138,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", type=Path, action="append", default=[], metavar="DIR", help="may be repeated")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--most-waiting", type=int, default=64, metavar="N", help="requests in the queue")
-    parser.add_argument("--most-running", type=int, default=32, metavar="N", help="requests answered at once")
+    parser.add_argument("--most-waiting", type=int, default=MOST_WAITING, metavar="N", help="requests in the queue")
+    parser.add_argument("--most-running", type=int, default=MOST_RUNNING, metavar="N", help="requests answered at once")
     parser.add_argument("--scripted", action="store_true", help="no models: answers as the prompts say")
     args = parser.parse_args(argv)
 

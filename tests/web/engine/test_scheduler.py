@@ -103,6 +103,16 @@ def test_chats_that_come_together_are_written_together(hand, loop, complete):
     assert made.scheduler.steps <= 12 + 40 + 2, "and is written with them"
 
 
+def test_hundreds_of_windows_hold_nobody_up(hand, loop, ask, chat):
+    made = hand("t5")
+    many, brief = made.submit(ask("t5", "who?", LONG * 150, user="a"), chat("t5", "who?", user="b", max_new_tokens=3))
+    loop.run(made.finish(brief))
+    reading = len(made.scheduler._desks["t5"].reading)
+    assert reading > 20 and made.scheduler.steps < 20
+    made.scheduler.cancel(many)
+    assert not made.scheduler._desks["t5"].reading
+
+
 def test_models_take_turns(hand, loop, complete):
     made = hand("bloom", "t5")
     made.endless("bloom")
@@ -151,6 +161,7 @@ def test_a_cancel_is_seen_at_the_next_step_in_every_state(hand, loop, folder, co
     made.scheduler.cancel(second)
     made.turn(3)
     assert made.scheduler.steps == steps + 1 and not made.scheduler._running()
+    assert not made.scheduler._desks["bloom"].writing, "what they had in memory is given back"
 
     made.scheduler._desks["bloom"].read_tokens = 64  # as on a slow machine
     (reading,) = made.submit(complete("bloom", LONG * 8, max_new_tokens=500))

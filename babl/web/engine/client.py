@@ -46,6 +46,7 @@ GRACE = 5.0  # seconds to end after it was asked to
 WAITS = (0.0, 0.5, 2.0, 8.0, 30.0)  # seconds before each start after the last one that became ready
 HOPELESS = 3  # starts in a row that failed, after which nobody is kept waiting
 MOST_HELD = 64  # requests kept while there is no engine process
+BROKE_DOWN = "the engine broke down while it was answering, and is started again"
 
 Losses = asyncio.Queue["asyncio.Future[Exception | None]"]  # when each line that was made is lost
 R = TypeVar("R")
@@ -121,6 +122,7 @@ class EngineClient:
         self._started: asyncio.Future[None]  # when the process of now says that it is ready
         self._settled = asyncio.Event()  # whether the process is ready, or hopeless
         self._replacing = False  # the process is ended on purpose, for its memory
+        self._replacement: asyncio.Task[None] | None = None
         self._hopeless = ""  # why it cannot be started
         self._supervisor: asyncio.Task[None] | None = None
 
@@ -196,20 +198,26 @@ class EngineClient:
             EngineError: It is being loaded, or is answering.
         """
         await self._call(lambda id: Unload(id, model), ModelStates)
-        if self._replacing or self._streams:
-            return
-        self._replacing = True  # who comes now is held until the new process is there
-        self._settled.clear()
+        if not self._replacing and not self._streams:
+            self._replacing = True  # who comes now is held until the new process is there
+            self._settled.clear()
+            self._replacement = asyncio.create_task(self._replace())
+            await asyncio.shield(self._replacement)  # who asked for it may go away meanwhile
+        await self._until_ready()
+
+    async def _replace(self) -> None:
+        """The process is about to end, unless somebody has loaded a model meanwhile."""
         if self._calls:
             await asyncio.wait(self._calls.values())
-        if self._line is not None:  # it did not break down meanwhile
+        try:
             left = (await self._ask(ListModels, ModelStates)).models
-            if any(state.state in ("loading", "loaded") for state in left):
-                self._replacing = False
-                self._release()
-                return
+        except EngineError:
+            return  # it has broken down, so it is replaced anyway
+        if any(state.state in ("loading", "loaded") for state in left):
+            self._replacing = False
+            self._release()
+        elif self._line is not None:
             self._line.close()
-        await self._until_ready()
 
     async def stats(self) -> Stats:
         """Returns how the engine process is."""
@@ -223,19 +231,23 @@ class EngineClient:
         """
         if self._supervisor is None:
             raise EngineError(Failed("", "engine", "the engine is not started"))
-        settled: asyncio.Future[Any] = asyncio.ensure_future(self._settled.wait())
-        await asyncio.wait([settled, self._supervisor], return_when=asyncio.FIRST_COMPLETED)
-        settled.cancel()
-        if self._hopeless or self._supervisor.done():
-            raise EngineError(Failed("", "engine", self._hopeless or "the engine was stopped"))
+        while not self._settled.is_set():
+            settled: asyncio.Future[Any] = asyncio.ensure_future(self._settled.wait())
+            await asyncio.wait([settled, self._supervisor], return_when=asyncio.FIRST_COMPLETED)
+            settled.cancel()
+            if self._supervisor.done():
+                raise EngineError(Failed("", "engine", "the engine was stopped"))
+        if self._hopeless:
+            raise EngineError(Failed("", "engine", self._hopeless))
 
     async def _call(self, make: Callable[[str], msgspec.Struct], kind: type[R]) -> R:
         await self._until_ready()
         return await self._ask(make, kind)
 
     async def _ask(self, make: Callable[[str], msgspec.Struct], kind: type[R]) -> R:
-        assert self._line is not None
         id = f"call-{next(self._call_ids)}"
+        if self._line is None:
+            raise EngineError(Failed(id, "engine", BROKE_DOWN))
         answer = self._calls[id] = asyncio.get_running_loop().create_future()
         try:
             self._line.send(make(id))
@@ -322,12 +334,16 @@ class EngineClient:
         try:
             while True:
                 await asyncio.sleep(WAITS[min(failures, len(WAITS) - 1)])
-                was_ready = await self._live(f"{folder}/engine", losses)
+                try:
+                    was_ready = await self._live(f"{folder}/engine", losses)
+                except OSError as error:  # such as too many processes
+                    print(f"babl engine: cannot be started ({error})", file=sys.stderr)
+                    was_ready = False
                 failures = 0 if was_ready else failures + 1
                 if not self._replacing:
                     self.restarts += 1
                 self._replacing = False
-                reason = "the engine broke down while it was answering, and is started again"
+                reason = BROKE_DOWN
                 if failures >= HOPELESS:
                     self._settled.set()
                     reason = self._hopeless = "the engine cannot be started; what it says is in the log of the server"

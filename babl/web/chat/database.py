@@ -1,0 +1,41 @@
+"""The one thread that writes.
+
+Everything that changes the database runs here, one call after the other, on one connection: SQLite then never has to
+wait for a lock, only one connection moves its journal, and what two requests want is decided by who came first.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
+
+from django.db import connection
+from django.db.backends.signals import connection_created
+from django.dispatch import receiver
+
+P = ParamSpec("P")
+T = TypeVar("T")
+NAME = "babl-writer"
+PAGES = 1000  # of the journal, before it is moved into the database
+
+_writer = ThreadPoolExecutor(1, NAME)
+
+
+async def write(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Returns what a function of `services` returns, its changes committed; a cancelled caller does not stop it."""
+    call = partial(_on_connection, partial(function, *args, **kwargs))
+    return await asyncio.get_running_loop().run_in_executor(_writer, call)
+
+
+def _on_connection(function: Callable[[], T]) -> T:
+    connection.close_if_unusable_or_obsolete()  # a server may have hung up since the last call
+    return function()
+
+
+@receiver(connection_created)
+def _let_the_writer_checkpoint(connection: Any, **_: Any) -> None:
+    if connection.vendor == "sqlite" and threading.current_thread().name.startswith(NAME):
+        with connection.cursor() as cursor:
+            cursor.execute(f"PRAGMA wal_autocheckpoint={PAGES}")

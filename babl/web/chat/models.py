@@ -46,7 +46,9 @@ class Conversation(models.Model):
     model = models.CharField(max_length=200, blank=True)
     settings = models.JSONField(default=dict, blank=True)  # of sampling; what is absent is the engine's default
     passage = models.ForeignKey(Passage, models.SET_NULL, null=True, blank=True, related_name="+")
-    leaf = models.ForeignKey("Message", models.SET_NULL, null=True, blank=True, related_name="+")  # end of what is shown
+    leaf = models.ForeignKey(
+        "Message", models.SET_NULL, null=True, blank=True, related_name="+"
+    )  # end of what is shown
     archived = models.DateTimeField(null=True, blank=True)
     deleted = models.DateTimeField(null=True, blank=True)  # in the trash since
     created = models.DateTimeField(default=timezone.now)
@@ -72,7 +74,9 @@ class Message(models.Model):
     content = models.TextField(blank=True)
     client_id = models.UUIDField(null=True, blank=True)  # of the request that made it: sent twice, made once
     passage = models.ForeignKey(Passage, models.PROTECT, null=True, blank=True, related_name="questions")
-    golds = models.JSONField(null=True, blank=True)  # right answers of a question; [] where there is none, None: unknown
+    golds = models.JSONField(
+        null=True, blank=True
+    )  # right answers of a question; [] where there is none, None: unknown
     created = models.DateTimeField(default=timezone.now)
 
     class Meta:

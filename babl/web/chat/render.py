@@ -12,7 +12,36 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 from pygments.util import ClassNotFound
 
-TAGS = set("a p br hr em strong s del code pre blockquote ul ol li h1 h2 h3 h4 h5 h6 table thead tbody tr th td".split())
+TAGS = set(
+    [
+        "a",
+        "p",
+        "br",
+        "hr",
+        "em",
+        "strong",
+        "s",
+        "del",
+        "code",
+        "pre",
+        "blockquote",
+        "ul",
+        "ol",
+        "li",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+    ]
+)
 TAGS |= {"div", "span"}  # of highlighted code
 _CODE = HtmlFormatter(nowrap=True, classprefix="hl-")
 _ALIGNED = {"text-align:left": "left", "text-align:center": "center", "text-align:right": "right"}

@@ -32,6 +32,10 @@ from babl.web.engine.protocol import Message as Turn
 PAGE = 40  # messages shown at first
 LIST = 50  # conversations of a page of the list
 EXCERPT = 60  # characters to each side of what was searched for
+FACTS = tuple(
+    "kind model with_context settings status finish error error_message prompt_tokens cut_tokens windows tokens log_prob"
+    " probability first_seconds seconds weights tokenizer".split()
+)  # of a generation, told as they are
 
 
 def conversations(
@@ -208,19 +212,18 @@ def generation_json(how: Generation) -> dict[str, Any]:
     """Returns what a message tells of how it came about."""
     question = how.message.parent
     passage = question.passage if question else None
-    asked_in = passage if how.kind == Generation.Kind.QA and how.with_context else None
+    asked_in = passage if how.kind != Generation.Kind.COMPLETION and how.with_context else None
     span = span_json(asked_in.text, how.span_start, how.span_end) if asked_in else None
-    facts = ("kind", "model", "with_context", "settings", "status", "finish", "error", "error_message", "prompt_tokens")
-    facts += ("cut_tokens", "windows", "tokens", "log_prob", "probability", "first_seconds", "seconds", "weights")
-    facts += ("tokenizer",)
     done = how.status == Status.DONE
-    return {name: getattr(how, name) for name in facts} | {
+    return {name: getattr(how, name) for name in FACTS} | {
         "comparison": str(how.comparison) if how.comparison else None,
         "passage": str(asked_in.id) if asked_in else None,
         "span": span,
         "in_passage": span is not None if asked_in and done and how.message.content else None,
         "tokens_per_second": how.tokens / how.seconds if how.tokens and how.seconds else None,
-        "scores": score(how.message.content, question.golds) if done and question and question.golds is not None else None,
+        "scores": score(how.message.content, question.golds)
+        if done and question and question.golds is not None
+        else None,
     }
 
 
@@ -250,27 +253,71 @@ def feedback_json(given: Feedback | None) -> dict[str, Any] | None:
     return {"good": given.good, "span": span, "no_answer": given.no_answer, "note": given.note}
 
 
-def request(answer: Generation, earlier: Sequence[Message] | None = None) -> Request:
-    """Returns what the engine is asked for this answer.
+def request(answer: Generation) -> Request:
+    """Returns what the engine is asked for this answer."""
+    question, conversation = answer.message.parent, answer.message.conversation
+    passage = question.passage if answer.with_context else None
+    turns = history(path(question.id)) if answer.kind == Generation.Kind.CHAT else []
+    return _request(
+        str(answer.message_id),
+        conversation,
+        str(answer.kind),
+        answer.model,
+        question.content,
+        passage,
+        turns,
+        Settings(**answer.settings),
+    )
+
+
+def draft_request(
+    user: Any,
+    id: UUID | None,
+    parent: UUID | None,
+    kind: str,
+    model: str,
+    content: str,
+    passage: UUID | None,
+    how: Settings,
+) -> Request:
+    """Returns what the engine would be asked, were this question sent now; nothing is stored.
 
     Args:
-        answer: Waiting.
-        earlier: Messages from the root to the question; read where None.
+        user: Owner.
+        id: Of the conversation; None for a new one.
+        parent: The answer that the question would follow.
+        kind: Of `Generation.Kind`.
+        model: Who would answer.
+        content: The question.
+        passage: What it is about.
+        how: Settings of the answer.
     """
-    question = answer.message.parent
-    conversation = answer.message.conversation
-    id, user = str(answer.message_id), str(conversation.owner_id)
-    settings = Settings(**answer.settings)
-    if answer.kind == Generation.Kind.COMPLETION:
-        return CompletionRequest(id=id, user=user, model=answer.model, prompt=question.content, settings=settings)
-    if answer.kind == Generation.Kind.QA:
-        context = question.passage.text if question.passage and answer.with_context else None
-        return QARequest(
-            id=id, user=user, model=answer.model, question=question.content, context=context, settings=settings
-        )
-    turns = history(path(question.id) if earlier is None else earlier)
-    system = [Turn(role="system", content=conversation.system_prompt)] if conversation.system_prompt else []
-    return ChatRequest(id=id, user=user, model=answer.model, messages=[*system, *turns], settings=settings)
+    shown = conversation(user, id) if id else Conversation(owner=user)
+    about = Passage.objects.get(owner=user, id=passage) if passage else None
+    question = Message(role=Message.Role.USER, content=content)
+    earlier = []
+    if parent is not None and kind == Generation.Kind.CHAT:
+        earlier = path(Message.objects.get(conversation=shown, id=parent).id)
+    return _request("draft", shown, kind, model, content, about, history([*earlier, question]), how)
+
+
+def _request(
+    id: str,
+    shown: Conversation,
+    kind: str,
+    model: str,
+    content: str,
+    passage: Passage | None,
+    turns: list[Turn],
+    how: Settings,
+) -> Request:
+    user, context = str(shown.owner_id), passage.text if passage else None
+    if kind == Generation.Kind.COMPLETION:
+        return CompletionRequest(id=id, user=user, model=model, prompt=content, settings=how)
+    if kind == Generation.Kind.QA:
+        return QARequest(id=id, user=user, model=model, question=content, context=context, settings=how)
+    system = [Turn(role="system", content=shown.system_prompt)] if shown.system_prompt else []
+    return ChatRequest(id=id, user=user, model=model, messages=[*system, *turns], settings=how, context=context)
 
 
 def history(messages: Sequence[Message]) -> list[Turn]:

@@ -25,7 +25,6 @@ from babl.web.chat.models import (
     Message,
     Passage,
     Question,
-    QuestionSet,
     Run,
     RunAnswer,
     Status,
@@ -63,7 +62,7 @@ class Ask(msgspec.Struct, forbid_unknown_fields=True):
     models: list[str]
     parent: UUID | None = None
     passage: UUID | None = None
-    contexts: list[bool] = [True]
+    contexts: tuple[bool, ...] = (True,)
     kind: Literal["chat", "qa", "completion"] | None = None
     golds: list[str] | None = None
     settings: Settings | None = None
@@ -338,9 +337,11 @@ def judge(user: Any, id: UUID, body: Judgement) -> Feedback:
     if body.span and body.no_answer:
         raise UserError("a right span and no_answer exclude each other")
     if body.span and not 0 <= body.span[0] < body.span[1] <= len(passage.text):
-        raise UserError(f"the span is {list(body.span)}, expected a part of the passage's {len(passage.text)} characters")
+        raise UserError(
+            f"the span is {list(body.span)}, expected a part of the passage's {len(passage.text)} characters"
+        )
     start, end = body.span or (None, None)
-    facts = {"good": body.good, "right_start": start, "right_end": end, "no_answer": body.no_answer}
+    facts: dict[str, Any] = {"good": body.good, "right_start": start, "right_end": end, "no_answer": body.no_answer}
     facts |= {"note": _text("note", body.note, 10_000), "updated": timezone.now()}
     return Feedback.objects.update_or_create(message=answer, defaults=facts)[0]
 

@@ -32,10 +32,10 @@ from babl.web.engine.protocol import Message as Turn
 PAGE = 40  # messages shown at first
 LIST = 50  # conversations of a page of the list
 EXCERPT = 60  # characters to each side of what was searched for
-FACTS = tuple(
-    "kind model with_context settings status finish error error_message prompt_tokens cut_tokens windows tokens log_prob"
-    " probability first_seconds seconds weights tokenizer".split()
-)  # of a generation, told as they are
+FACTS = (  # of a generation, told as they are
+    *("kind", "model", "with_context", "settings", "status", "finish", "error", "error_message", "prompt_tokens"),
+    *("cut_tokens", "windows", "tokens", "log_prob", "probability", "first_seconds", "seconds", "weights", "tokenizer"),
+)
 
 
 def conversations(

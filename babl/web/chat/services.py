@@ -48,7 +48,7 @@ class ConversationChange(msgspec.Struct, forbid_unknown_fields=True):
     system_prompt: str | msgspec.UnsetType = msgspec.UNSET
     model: str | msgspec.UnsetType = msgspec.UNSET
     settings: Settings | msgspec.UnsetType = msgspec.UNSET
-    passage: UUID | None | msgspec.UnsetType = msgspec.UNSET
+    passage: UUID | msgspec.UnsetType | None = msgspec.UNSET
     leaf: UUID | msgspec.UnsetType = msgspec.UNSET  # show the branch with this message
     archived: bool | msgspec.UnsetType = msgspec.UNSET
     deleted: bool | msgspec.UnsetType = msgspec.UNSET
@@ -102,7 +102,7 @@ class Asked:
 
 
 def _text(name: str, value: str, most: int, least: int = 0) -> str:
-    """Returns the text without NUL characters, which PostgreSQL cannot store, if it is neither too long nor too short."""
+    """Returns the text without NUL, which PostgreSQL cannot store, if it is neither too long nor too short."""
     value = value.replace("\0", "")
     if not least <= len(value) <= most:
         raise UserError(f"{name} has {len(value)} characters, expected {least} to {most}")
@@ -309,7 +309,7 @@ def finish(id: str, text: str, facts: Mapping[str, Any]) -> None:
 
 @transaction.atomic
 def interrupt_all() -> int:
-    """Returns how many answers and runs nobody works on any more; they are now marked interrupted, what they have stays.
+    """Returns how many answers and runs nobody works on any more; they are now marked interrupted, with what they have.
 
     Called where nothing is running: at the start, and at the end.
     """

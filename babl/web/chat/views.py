@@ -3,9 +3,9 @@
 Requests that change something carry the header X-CSRFToken (pages have it in `<meta name="csrf-token">`). Errors are
 `{"error": {"code", "message", "retry_after"?}}` with status 400 (invalid), 401 (log in), 404 (unknown, or another's),
 409 (conflict), 413 (too long), 422 (the engine refuses), 429 (wait; Retry-After), 503 (no engine), 507 (not saved).
-Shapes: CONVERSATION is `selectors.conversation_json`, MESSAGE `message_json`, PASSAGE `passage_json`, SET `set_json`, RUN
-`run_json`; SETTINGS is `engine.protocol.Settings`. Ids are UUIDs. Clients may make their own for conversations (`id`) and
-must for questions (`client_id`): a request sent twice changes nothing.
+Shapes: CONVERSATION is `selectors.conversation_json`, MESSAGE `message_json`, PASSAGE `passage_json`, SET `set_json`,
+RUN `run_json`. Ids are UUIDs. Clients may make their own for conversations (`id`) and must for questions (`client_id`):
+a request sent twice changes nothing.
 
 Pages
   GET  /                        chat/index.html: conversations, conversation None, messages []
@@ -14,16 +14,16 @@ Pages
   GET POST /login/  POST /logout/
 
 Conversations
-  GET    /api/conversations?kind=active|archived|trash&before=CURSOR   {conversations: [CONVERSATION], next: CURSOR|null}
+  GET    /api/conversations?kind=active|archived|trash&before=CURSOR   {conversations: [CONVERSATION], next: CURSOR?}
   GET    /api/conversations?q=WORDS      {conversations: [CONVERSATION + {message, excerpt}], next: null}
   POST   /api/conversations              ConversationChange + {id?} -> 201 CONVERSATION
   GET    /api/conversations/<id>         CONVERSATION + {messages: [MESSAGE], more, live: [message id]}
-  PATCH  /api/conversations/<id>         services.ConversationChange (title, archived, deleted, leaf ...) -> CONVERSATION
+  PATCH  /api/conversations/<id>         services.ConversationChange -> CONVERSATION
   DELETE /api/conversations/<id>         gone for good, if it is in the trash -> 204
   GET    /api/conversations/<id>/messages?before=MESSAGE_ID            {messages: [MESSAGE], more}
   GET    /api/conversations/<id>/export?format=json|md                 a file
   GET    /api/export                     everything, as a JSON file
-  POST   /api/import                     such a file as the body -> {conversations, messages, passages} (new ones, counted)
+  POST   /api/import                     such a file as the body -> {conversations, messages, passages}: new ones
 
 Questions and answers
   POST   /api/conversations/<id>/messages   services.Ask -> 201 (200 if it was there) {question: MESSAGE, answers:

@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="section.key=value")
     sub.add_argument("--dry-run", action="store_true", help="print cells, work, time, disk and power; train nothing")
     sub.add_argument("--only", metavar="CELL", help="one cell, by id or number, and no report")
-    sub.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at once (default 1)")
+    sub.add_argument("--jobs", type=int, metavar="N", help="cells at once (default one a CPU, or one with a GPU)")
     sub.add_argument(
         "--limit-minutes", type=float, metavar="M", help="then leave with exit code 75; run it again to go on"
     )

@@ -319,18 +319,21 @@ def score(questions: int, repeats: int) -> list[dict[str, Any]]:
     for version in get_args(Version):
         for texts in ("as in SQuAD", "none twice"):
             data, predictions = _annotated(questions, version, unique=texts == "none twice")
-
-            def ours(data: Any = data, predictions: Any = predictions, version: Any = version) -> dict[str, Any]:
-                normalize_answer.cache_clear()  # every turn starts as a new process does
-                return official_score(data, predictions, version=version)
-
-            runs = {"babl": ours, "official algorithm": partial(_plain_score, data, predictions, version)}
+            runs = {
+                "babl": partial(_fresh_score, data, predictions, version),
+                "official algorithm": partial(_plain_score, data, predictions, version),
+            }
             results = [run() for run in runs.values()]
             if results[0] != results[1]:
                 raise RuntimeError(f"version {version}, {texts}: {results[0]} differs from {results[1]}")
             for row in _ratios(_timed(runs, repeats), "babl"):
                 rows.append({"version": version, "texts": texts, "questions": questions} | row)
     return rows
+
+
+def _fresh_score(data: dict[str, Any], predictions: dict[str, str], version: Version) -> dict[str, Any]:
+    normalize_answer.cache_clear()  # as a new process begins
+    return official_score(data, predictions, version=version)
 
 
 def _annotated(questions: int, version: str, unique: bool) -> tuple[dict[str, Any], dict[str, str]]:
@@ -358,7 +361,7 @@ def _annotated(questions: int, version: str, unique: bool) -> tuple[dict[str, An
     return {"version": version, "data": articles}, predictions
 
 
-def _plain_score(dataset: dict[str, Any], predictions: dict[str, str], version: str) -> dict[str, Any]:
+def _plain_score(dataset: dict[str, Any], predictions: dict[str, str], version: Version) -> dict[str, Any]:
     """Returns the metrics as the scripts published with SQuAD compute them, text by text, nothing kept."""
     exact, overlap, answerable = {}, {}, {}
     for article in dataset["data"]:

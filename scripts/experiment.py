@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from babl.config import build_config, load_config
 from babl.distributed.failure import EXIT_PREEMPTED
 from babl.errors import UserError, did_you_mean
@@ -52,18 +54,18 @@ class Request:
         config: A TOML file.
         overrides: `section.key=value`.
         only: One cell, by its id or its number in the plan; no report is written.
-        jobs: Cells at once on this machine.
+        jobs: Cells at once on this machine; None for one a CPU, or one where there is a GPU, which a cell fills.
         limit_minutes: After which no further work is begun, and trainings save and leave.
     """
 
     config: str
     overrides: Sequence[str] = ()
     only: str | None = None
-    jobs: int = 1
+    jobs: int | None = None
     limit_minutes: float | None = None
 
     def __post_init__(self) -> None:
-        if self.jobs < 1:
+        if self.jobs is not None and self.jobs < 1:
             raise UserError(f"--jobs is {self.jobs}, expected at least 1")
         if self.limit_minutes is not None and not self.limit_minutes > 0:
             raise UserError(f"--limit-minutes is {self.limit_minutes:g}, expected more than 0")
@@ -73,6 +75,7 @@ def run(request: Request) -> int:
     """Returns 0 once every cell is done and the report is written, 75 where work is left, 1 where a cell broke."""
     deadline = None if request.limit_minutes is None else time.monotonic() + 60 * request.limit_minutes
     plan = freeze(*read(request.config, request.overrides))
+    jobs = request.jobs or (1 if torch.cuda.is_available() or plan.tree["processes"] > 1 else os.cpu_count() or 1)
     with asked_to_leave() as asked:
 
         def leave() -> bool:
@@ -81,7 +84,7 @@ def run(request: Request) -> int:
         if request.only is not None:
             return one_by_one(plan, with_trials(plan, find_cell(plan, request.only)), leave)
         for cells in (plan.trials, plan.cells):  # what the grid chooses must be known before the cells
-            code = side_by_side(request, plan, cells, leave) if request.jobs > 1 else one_by_one(plan, cells, leave)
+            code = side_by_side(request, jobs, plan, cells, leave) if jobs > 1 else one_by_one(plan, cells, leave)
             if code:
                 return code
     return report(request.config, request.overrides)
@@ -172,17 +175,17 @@ def one_by_one(plan: Plan, cells: Sequence[Cell], leave: Callable[[], bool]) -> 
     return code
 
 
-def side_by_side(request: Request, plan: Plan, cells: Sequence[Cell], leave: Callable[[], bool]) -> int:
+def side_by_side(request: Request, jobs: int, plan: Plan, cells: Sequence[Cell], leave: Callable[[], bool]) -> int:
     """Returns the exit code once all cells are done, each by a process of its own, `jobs` at a time."""
     waiting = [cell for cell in cells if not is_done(plan, cell)]
-    threads = max(1, (os.cpu_count() or 1) // request.jobs)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "babl.cli", "experiment", "run", request.config, *request.overrides, "--only"]
     running: list[subprocess.Popen] = []
     codes = {0}
     try:
         while waiting or running:
-            while waiting and len(running) < request.jobs and not leave():
+            while waiting and len(running) < jobs and not leave():
                 running.append(subprocess.Popen([*command, waiting.pop(0).id], env=environment))
             time.sleep(0.1)
             if leave():

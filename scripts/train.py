@@ -113,7 +113,9 @@ def train(cfg: TrainConfig) -> Path:
         validation, _ = make_features(validation_views, *window)
         check_context([*features, *validation], model.context_length)
         say(f"{len(train_set):,} questions, {len(train_views):,} shown, {len(features):,} examples; {losses}")
-        loader = Loader([feature.lengths for feature in features], cfg.batch, cfg.run.seed, me.rank, me.size)
+        words = {e.id: len(e.context.split()) for e in train_set}
+        lengths, sizes = [feature.lengths for feature in features], [words[feature.id] for feature in features]
+        loader = Loader(lengths, sizes, cfg.batch, cfg.run.seed, me.rank, me.size)
         recompute_blocks(model, cfg.train.activation_checkpointing)
         backend = make_backend(cfg.distributed, me, cfg.train.precision == "bf16")
         backend.setup(model, partial(make_optimizer, cfg=cfg.optim))

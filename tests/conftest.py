@@ -19,6 +19,33 @@ from babl.training.metrics import CLOCK_FIELDS
 ROOT = Path(__file__).parent.parent
 TINY = "model.shape={d_model=16, d_kv=8, d_ff=32, num_heads=2, num_layers=1, num_decoder_layers=1, dropout_rate=0.2}"
 STEP = "            step += 1\n"
+EXPERIMENT = """
+[run]
+name = "tiny"
+dir = "{folder}"
+[experiment]
+arms = ["none", "gold"]
+tests = ["none", "gold", "counterfactual"]
+seeds = [0]
+train_articles = 6
+test_articles = 3
+max_new_tokens = 3
+bootstrap_samples = 100
+[model]
+shape = {{ d_model = 16, d_kv = 8, d_ff = 16, num_heads = 2, num_layers = 1, num_decoder_layers = 1 }}
+tokenizer_size = 400
+[data]
+max_source_tokens = 128
+stride = 16
+[batch]
+examples = 8
+[train]
+steps = 12
+validate_every = 6
+save_every = 1
+keep_last = 1
+preflight = false
+"""
 
 
 @pytest.fixture(scope="session")
@@ -180,3 +207,15 @@ def undisturbed(undisturbed_run):
         return runs.state(folder.name), runs.metrics(folder.name)
 
     return end
+
+
+@pytest.fixture(scope="session")
+def experiment_config():
+    """A function that writes the configuration of a tiny experiment, which then lies in folder / "tiny"."""
+
+    def write(folder):
+        path = folder / "tiny.toml"
+        path.write_text(EXPERIMENT.format(folder=folder), encoding="utf-8")
+        return str(path)
+
+    return write

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,64 @@ def test_evaluate_writes_predictions_that_score_agrees_with(capsys, model, data,
     code, out, _ = babl(capsys, "score", data, tmp_path / "predictions.json")
     assert code == 0
     assert json.loads(out) == {key: metrics[key] for key in ("exact_match", "f1", "total")}
+
+
+@pytest.fixture(scope="module")
+def overlapping(tmp_path_factory):
+    """A training file, and a corpus with the contexts of the dev file and one text of its own."""
+    folder = tmp_path_factory.mktemp("overlapping")
+    train, dev = fictional_corpus(1, 2)
+    (folder / "train.json").write_text(json.dumps(train))
+    contexts = [paragraph["context"] for article in dev["data"] for paragraph in article["paragraphs"]]
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in contexts))
+    (folder / "b.txt").write_text("It was none of these.\n")
+    return folder
+
+
+def test_overlap_reports_what_is_shared_to_people_and_to_programs(capsys, data, overlapping, tmp_path):
+    files = [overlapping / "train.json", data, "--corpus", overlapping / "a.jsonl", overlapping / "b.txt"]
+    code, out, _ = babl(capsys, "overlap", *files, "--json", "--out", tmp_path / "new")
+    assert code == 0
+    told = json.loads(out)
+    assert told == json.loads((tmp_path / "new" / "overlap.json").read_text())
+    assert told["test"]["questions"] == 46 and sum(told["classes"]["strict"].values()) == 46
+    assert told["titles"] == [] and told["contexts"]["equal"] == 0
+    assert told["corpus"]["documents"] == 1 + len({row["context"] for row in rows_of(data)})
+    assert told["corpus"]["fields"]["context"]["longest"]["whole"] == 46
+    assert len(told["declared"]) > 5 and len(told["biases"]) == 3
+    questions = [json.loads(line) for line in (tmp_path / "new" / "questions.jsonl").read_text().splitlines()]
+    assert [q["id"] for q in questions] == [row["id"] for row in rows_of(data)]
+    assert sum(q["strict"] == "answer" for q in questions) == told["classes"]["strict"]["answer"] > 0
+    assert all(q["corpus"]["context"]["longest"] == q["corpus"]["context"]["words"] for q in questions)
+    code, out, _ = babl(capsys, "overlap", *files)
+    assert code == 0 and out == (tmp_path / "new" / "overlap.md").read_text()
+    assert "| 46 of 46 (100.0 %) |" in out and "T5 v1.0" in out
+
+
+def rows_of(path):
+    """Each question, its id and context."""
+    for article in json.loads(Path(path).read_text())["data"]:
+        for paragraph in article["paragraphs"]:
+            for qa in paragraph["qas"]:
+                yield {"id": qa["id"], "context": paragraph["context"]}
+
+
+def test_overlap_without_a_corpus_says_nothing_of_one(capsys, data, overlapping):
+    code, out, _ = babl(capsys, "overlap", overlapping / "train.json", data)
+    assert code == 0 and "## In the corpus" not in out
+
+
+def test_overlap_names_what_is_wrong(capsys, data, overlapping, tmp_path):
+    (tmp_path / "file").write_text("")
+    train = overlapping / "train.json"
+    for arguments, message in [
+        (["absent.json", data], "absent.json: no such data file"),
+        ([train, data, "--corpus", "absent.txt"], "absent.txt: no such corpus file"),
+        ([train, data, "--corpus", overlapping / "b.txt", train], "train.json: a corpus file ends in .txt or .jsonl"),
+        ([train, data, "--out", tmp_path / "file"], "--out: "),
+    ]:
+        code, out, err = babl(capsys, "overlap", *arguments)
+        assert (code, out) == (2, "") and err.startswith("babl overlap: ") and message in err
 
 
 def test_query_answers_with_and_without_context(capsys, model, tmp_path):

@@ -21,8 +21,8 @@ class BatchConfig:
 
     Attributes:
         tokens: Most tokens, padding included; examples of about equal lengths come together.
-        examples: Above 0, as many examples a step instead, in an order that does not depend on their lengths: what arms
-            of different lengths need to be trained on the same questions in the same steps.
+        examples: Above 0, as many examples a step instead, in an order that does not depend on what is shown of them:
+            what arms of different lengths need to be trained on the same questions in the same steps.
         accumulation: Parts of each rank's share.
     """
 
@@ -56,10 +56,21 @@ def plan_epoch(lengths: Lengths, budget: int, seed: int, epoch: int) -> list[lis
     return batches
 
 
-def deal_epoch(number: int, examples: int, seed: int, epoch: int) -> list[list[int]]:
-    """Returns the epoch's batches of so many examples each, the last perhaps fewer: a function of the number alone."""
-    _, order = _shuffled(number, seed, epoch)
-    return [order[at : at + examples] for at in range(0, number, examples)]
+def deal_epoch(sizes: Sequence[int], examples: int, seed: int, epoch: int) -> list[list[int]]:
+    """Returns the epoch's batches of so many examples each, one perhaps of fewer, those of like sizes together.
+
+    Args:
+        sizes: Of the examples, in any unit: what tells long ones from short ones, and is the same in every arm.
+        examples: Of a batch.
+        seed: With `epoch`, decides the order.
+        epoch: Counts from 0.
+    """
+    rng, order = _shuffled(len(sizes), seed, epoch)
+    pool = POOL * examples
+    sized = [i for at in range(0, len(order), pool) for i in sorted(order[at : at + pool], key=lambda i: sizes[i])]
+    batches = [sized[at : at + examples] for at in range(0, len(sized), examples)]
+    rng.shuffle(batches)
+    return batches
 
 
 def _shuffled(number: int, seed: int, epoch: int) -> tuple[random.Random, list[int]]:
@@ -90,20 +101,30 @@ def padded(lengths: Lengths, batches: list[list[int]]) -> int:
 class Loader:
     """Deals the batches of epoch after epoch to this rank's micro-batches; its place is two integers."""
 
-    def __init__(self, lengths: Lengths, cfg: BatchConfig, seed: int, rank: int, world: int):
+    def __init__(self, lengths: Lengths, sizes: Sequence[int], cfg: BatchConfig, seed: int, rank: int, world: int):
+        """The first step comes next.
+
+        Args:
+            lengths: Of the examples.
+            sizes: Of the examples, for `deal_epoch`.
+            cfg: What a step is.
+            seed: Of the order.
+            rank: Of this process.
+            world: Number of processes.
+        """
         if not lengths:
             raise UserError("data.train has no example to train on")
         longest = max(map(sum, lengths))
         if not cfg.examples and longest > cfg.tokens:
             raise UserError(f"batch.tokens is {cfg.tokens}, but the longest example has {longest} tokens")
-        self.lengths, self.cfg, self.seed = lengths, cfg, seed
+        self.lengths, self.sizes, self.cfg, self.seed = lengths, sizes, cfg, seed
         self.first, self.slots = rank * cfg.accumulation, world * cfg.accumulation
         self.epoch = self.batch = 0
         self.plan = self._plan()
 
     def _plan(self) -> list[list[int]]:
         if self.cfg.examples:
-            return deal_epoch(len(self.lengths), self.cfg.examples, self.seed, self.epoch)
+            return deal_epoch(self.sizes, self.cfg.examples, self.seed, self.epoch)
         return plan_epoch(self.lengths, self.cfg.tokens, self.seed, self.epoch)
 
     def next_step(self) -> list[list[int]]:

@@ -227,9 +227,7 @@ def _contexts(train: list[str], test: list[str]) -> dict[str, tuple[bool, dict[i
         for n, at, names in grams.find(ids):
             if n in GRAMS:
                 theirs = _incidence(owner[at], names, len(block), ours[n].shape[1])
-                shared = (
-                    (ours[n] @ theirs.T).max(axis=1).toarray()
-                )  # (test contexts,) n-grams, of the best of the block
+                shared = (ours[n] @ theirs.T).max(axis=1).toarray()  # (test contexts,) with the best of the block
                 most[n] = np.maximum(most[n], shared)
     for n in sizes:
         most[n] /= np.maximum(np.diff(ours[n].indptr), 1)
@@ -263,8 +261,10 @@ def _nearest_questions(train: Sequence[Example], test: Sequence[Example]) -> dic
     for example in train:
         groups.setdefault(normalize_answer(example.question), []).append(example)
     texts = list(dict.fromkeys(normalize_answer(e.question) for e in test))
+    if not any(texts):
+        return {text: _Nearest(text in groups, 0.0, 0.0, groups.get(text, [])) for text in texts}
     # Fitted on both sides: a name that only one of them has is a rare word, not one to leave out.
-    vectors = TfidfVectorizer(analyzer=str.split).fit([*groups, *texts, "word"])
+    vectors = TfidfVectorizer(analyzer=str.split).fit(dict.fromkeys([*groups, *texts]))
     ours, theirs = (sparse.csr_array(vectors.transform(part)) for part in (texts, groups))
     our_sizes, their_sizes = np.diff(ours.indptr), np.diff(theirs.indptr)  # distinct words
 
@@ -331,7 +331,6 @@ def _capitalised(question: str) -> set[str]:
 
 
 def _summary(train: Sequence[Example], test: Sequence[Example], found: dict[str, QuestionOverlap]) -> dict[str, Any]:
-    train_titles, test_titles = ({_title(e.title) for e in part} for part in (train, test))
     of_context = {e.context: found[e.id] for e in test}
     kinds = {e.id: answer_kind(e.answers[0].text) for e in test if e.answers}
     asked, known = Counter(kinds.values()), Counter(kind for qid, kind in kinds.items() if found[qid].answer)
@@ -339,7 +338,7 @@ def _summary(train: Sequence[Example], test: Sequence[Example], found: dict[str,
     return {
         "train": _sizes(train),
         "test": _sizes(test),
-        "titles": sorted(train_titles & test_titles),
+        "titles": sorted({e.title for e in test if found[e.id].title}),
         "contexts": {
             "equal": sum(q.context_equal for q in of_context.values()),
             "near": {

@@ -51,9 +51,10 @@ def markdown(overlap: Overlap, corpus: CorpusOverlap | None = None) -> str:
     ]
     if corpus:
         parts += ["## In the corpus", *_corpus(corpus)]
-    near = [q for q in overlap.questions.values() if q.loose == "question"]
+    near = [q for q in overlap.questions.values() if q.loose == "question" and not q.question_equal]
     if near:
-        parts += ["## Questions to read", f"The nearest of {len(near)}; questions.jsonl has all.", _pairs(near)]
+        shown = f"The {min(PAIRS, len(near))} nearest of {len(near)} that are not equal; questions.jsonl has all."
+        parts += ["## Questions to read", shown, _pairs(near)]
     parts += [
         "## What pre-training saw, as declared",
         _table(("checkpoints", "saw", "which raises", "source"), [tuple(asdict(d).values()) for d in DECLARED]),
@@ -118,5 +119,9 @@ def _share(part: int, whole: int) -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines)
+    lines = [header, ["---"] * len(header), *([_cell(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else " ".join(str(value).replace("|", "/").split())

@@ -88,7 +88,7 @@ def compare(
 def describe(comparison: Mapping[str, Any]) -> str:
     """Returns what `compare` found as a table of a column per metric, and the questions it shows."""
     metrics = comparison["exact"], comparison["f1"]
-    rows = [("", "EM", "F1")]
+    rows: list[tuple[str, ...]] = [("", "EM", "F1")]
     for label, key, form in (
         ("A", "a", _points),
         ("B", "b", _points),

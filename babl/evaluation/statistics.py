@@ -67,8 +67,8 @@ def crossed_bootstrap(
         deviations += widened[rng.integers(len(seeds), size=(samples, len(seeds)))].mean(1)
     error, df = crossed_standard_error(values, clusters)
     tail = (1 - level) / 2
-    if not 0 < error < math.inf:
-        return float(mean - error), float(mean + error)
+    if not 0 < error < math.inf or deviations.std() < 1e-9 * error:  # the redraws have no shape
+        return crossed_interval(values, clusters, level=level)
     scale = error * stats.t.isf(tail, df) / (deviations.std() * stats.norm.isf(tail))
     low, high = mean + scale * np.quantile(deviations, [tail, 1 - tail])
     return float(low), float(high)
@@ -92,7 +92,7 @@ def crossed_standard_error(values: np.ndarray, clusters: Sequence[str]) -> tuple
 
     Ref: Cameron, Gelbach and Miller 2011, eq. 2.13 (two-way clustering); Satterthwaite 1946.
     """
-    sums, counts = _article_sums(values, clusters)
+    sums, counts = _article_sums(values - values[0, 0], clusters)  # so that equal scores are 0 and not rounded
     n_seeds, n_articles = sums.shape
     if n_articles == 1:
         return math.inf, 1.0
@@ -113,9 +113,12 @@ def crossed_standard_error(values: np.ndarray, clusters: Sequence[str]) -> tuple
 def crossed_interval(values: np.ndarray, clusters: Sequence[str], *, level: float = 0.95) -> tuple[float, float]:
     """Returns the primary interval: the mean of this procedure, over new seeds and new articles.
 
-    Student's interval of `crossed_standard_error`; it excludes 0 exactly where `crossed_test` is below 1 - level. By
-    simulation it covers 95 % within 1 point for 3 to 6 seeds and 30 to 48 articles, and more (up to 98 %) where the
-    seeds differ by nothing but noise. With one seed it is an interval for that trained model.
+    Student's interval of `crossed_standard_error`; it excludes 0 exactly where `crossed_test` is below 1 - level.
+
+    By simulation, with 3 to 6 seeds and 30 to 48 articles of unequal size, it covers 94 to 96 %, whether or not seeds
+    matter. It is off in two corners: 93.5 % with 3 seeds that make nearly all of the variance, and up to 98 % where
+    arms differ by nothing but each question's noise. Two seeds are too few (89 % where they make most of the variance).
+    With one seed it is an interval for that trained model.
 
     Args:
         values: (S, N) float, a row per seed.
@@ -331,8 +334,8 @@ def _crossed_error(
     if seeds == 1:
         return math.sqrt(between_articles), df_articles
     variance, least = max(between_seeds + between_articles - both, both), min(seeds - 1.0, df_articles)
-    if variance == 0:
-        return 0.0, least
+    if between_seeds + between_articles == 0:
+        return math.sqrt(variance), least
     shares = between_seeds / variance, between_articles / variance
     df = 1 / (shares[0] ** 1.5 / (seeds - 1) + shares[1] ** 1.5 / df_articles)
     return math.sqrt(variance), max(df, least)

@@ -201,20 +201,21 @@ def _facts(plan: Plan, cell: Cell, run: Tree) -> Tree:
         "tokens": tokens,
         "flops": flops,
         "final_loss": sum(last) / len(last),
-        "order": order_hash([e.id for e in plan.data("train")], run["batch"]["examples"], cell.seed, steps),
+        "order": order_hash(plan.data("train"), run["batch"]["examples"], cell.seed, steps),
         "curve": curve,
     }
 
 
-def order_hash(ids: list[str], a_step: int, seed: int, steps: int) -> str:
+def order_hash(examples: list[Example], a_step: int, seed: int, steps: int) -> str:
     """Returns the sha256 of the question ids in the order trained on, which every arm of a seed must share."""
-    digest = hashlib.sha256()
+    order: list[str] = []
+    words = [len(example.context.split()) for example in examples]
     epoch, left = 0, steps
     while left > 0:
-        batches = deal_epoch(len(ids), a_step, seed, epoch)[:left]
-        digest.update("\n".join(ids[i] for batch in batches for i in batch).encode())
+        batches = deal_epoch(words, a_step, seed, epoch)[:left]
+        order += [examples[i].id for batch in batches for i in batch]
         epoch, left = epoch + 1, left - len(batches)
-    return digest.hexdigest()
+    return hashlib.sha256("\n".join(order).encode()).hexdigest()
 
 
 def weights_hash(model: Path) -> str:

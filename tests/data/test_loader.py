@@ -7,6 +7,7 @@ from babl.errors import UserError
 
 LENGTHS = [(20 + (i * 37) % 140, 2 + (i * i) % 5) for i in range(4000)]  # paragraphs
 SHORT = [(8 + (i * 37) % 17, 2 + (i * i) % 9) for i in range(20_000)]  # questions alone
+SIZES = [source for source, _ in LENGTHS]
 
 
 @given(
@@ -33,8 +34,10 @@ def test_epochs_and_seeds_differ_and_repeat():
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (1, 4), (2, 2), (4, 1)])
 def test_a_step_has_the_same_examples_however_it_is_dealt(world, accumulation):
-    whole = Loader(LENGTHS, BatchConfig(4000, accumulation=1), 0, 0, 1)
-    ranks = [Loader(LENGTHS, BatchConfig(4000, accumulation=accumulation), 0, rank, world) for rank in range(world)]
+    whole = Loader(LENGTHS, SIZES, BatchConfig(4000, accumulation=1), 0, 0, 1)
+    ranks = [
+        Loader(LENGTHS, SIZES, BatchConfig(4000, accumulation=accumulation), 0, rank, world) for rank in range(world)
+    ]
     for _ in range(130):  # over the end of an epoch
         (expected,) = whole.next_step()
         dealt = [index for rank in ranks for micro in rank.next_step() for index in micro]
@@ -43,8 +46,8 @@ def test_a_step_has_the_same_examples_however_it_is_dealt(world, accumulation):
 
 def test_it_goes_on_where_its_state_says():
     a, b = (
-        Loader(LENGTHS, BatchConfig(4000, accumulation=2), 0, 0, 1),
-        Loader(LENGTHS, BatchConfig(4000, accumulation=2), 0, 0, 1),
+        Loader(LENGTHS, SIZES, BatchConfig(4000, accumulation=2), 0, 0, 1),
+        Loader(LENGTHS, SIZES, BatchConfig(4000, accumulation=2), 0, 0, 1),
     )
     for _ in range(110):
         a.next_step()
@@ -60,7 +63,7 @@ def test_dropout_keys_differ_by_seed_step_and_example():
 
 def test_an_example_beyond_the_budget_is_named():
     with pytest.raises(UserError, match=r"batch\.tokens is 100, but the longest example has 165 tokens"):
-        Loader(LENGTHS, BatchConfig(100, accumulation=1), 0, 0, 1)
+        Loader(LENGTHS, SIZES, BatchConfig(100, accumulation=1), 0, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -72,14 +75,14 @@ def test_an_example_beyond_the_budget_is_named():
     ],
 )
 def test_a_place_in_another_order_is_refused(lengths, budget, seed, message):
-    state = Loader(LENGTHS, BatchConfig(4000, accumulation=1), 0, 0, 1).state()
+    state = Loader(LENGTHS, SIZES, BatchConfig(4000, accumulation=1), 0, 0, 1).state()
     with pytest.raises(UserError, match=message):
-        Loader(lengths, BatchConfig(budget, accumulation=3), seed, 0, 2).restore(state)
+        Loader(lengths, SIZES, BatchConfig(budget, accumulation=3), seed, 0, 2).restore(state)
 
 
 def test_a_step_of_so_many_examples_does_not_depend_on_their_lengths():
     cfg = BatchConfig(tokens=1, examples=32, accumulation=2)
-    long, short = Loader(LENGTHS, cfg, 0, 0, 1), Loader([(1, 1)] * len(LENGTHS), cfg, 0, 0, 1)
+    long, short = Loader(LENGTHS, SIZES, cfg, 0, 0, 1), Loader([(1, 1)] * len(LENGTHS), SIZES, cfg, 0, 0, 1)
     seen = []
     for _ in range(-(-len(LENGTHS) // 32)):
         step = long.next_step()
@@ -90,6 +93,6 @@ def test_a_step_of_so_many_examples_does_not_depend_on_their_lengths():
 
 
 def test_a_place_among_steps_of_another_size_is_refused():
-    state = Loader(LENGTHS, BatchConfig(examples=32), 0, 0, 1).state()
+    state = Loader(LENGTHS, SIZES, BatchConfig(examples=32), 0, 0, 1).state()
     with pytest.raises(UserError, match=r"batch\.examples is 64, but was 32"):
-        Loader(LENGTHS, BatchConfig(examples=64), 0, 0, 1).restore(state)
+        Loader(LENGTHS, SIZES, BatchConfig(examples=64), 0, 0, 1).restore(state)

@@ -15,15 +15,16 @@ def test_the_scripts_are_clean():
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed")
     scripts = [*(ROOT / "launch").glob("*.s*"), ROOT / ".ci" / "run"]
-    assert len(scripts) == 4
+    assert len(scripts) == 5
     done = subprocess.run(["shellcheck", *scripts], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
 def test_a_job_may_come_back_and_is_warned():
-    options = re.findall(r"^#SBATCH --(\S+)", (ROOT / "launch" / "train.sbatch").read_text(), flags=re.MULTILINE)
-    assert {"requeue", "open-mode=append", "ntasks-per-node=1"} < {*options}
-    assert any(re.fullmatch(r"signal=B:USR1@\d+", option) for option in options)
+    for name in ("train", "experiment"):
+        options = re.findall(r"^#SBATCH --(\S+)", (ROOT / "launch" / f"{name}.sbatch").read_text(), flags=re.MULTILINE)
+        assert {"requeue", "open-mode=append"} < {*options}
+        assert any(re.fullmatch(r"signal=B:USR1@\d+", option) for option in options)
 
 
 def test_the_image_is_built_in_stages_from_exact_tags():

@@ -8,7 +8,7 @@ import pytest
 from babl.data.fictional import fictional_corpus
 from babl.models import save_pretrained
 from babl.models.build import ModelConfig, build_model
-from babl.scripts.bench import generate, load, main
+from babl.scripts.bench import generate, load, main, score
 from babl.text import train_tokenizer
 
 
@@ -33,9 +33,33 @@ def test_lookup_counts_steps_and_keeps_every_figure_with_the_machine(folder, tmp
     assert re.search(r"\| prompts \|.*\n\| --- \|", capsys.readouterr().out)
 
 
+def test_overlap_is_looked_for_in_made_up_sets(tmp_path):
+    out = tmp_path / "overlap.json"
+    assert main(["overlap", "--train", "300", "--test", "60", "--documents", "30", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["set"], row["corpus documents"]) for row in rows] == [
+        ("plain", 0),
+        ("plain", 30),
+        ("forms", 0),
+        ("forms", 30),
+    ]
+    assert all(row["seconds"] > 0 and row["peak MiB"] > 20 for row in rows)
+
+
 def test_a_model_that_is_not_there_is_one_line_and_exit_code_two(capsys):
     assert main(["lookup", "absent", "dev.json"]) == 2
     assert capsys.readouterr().err == "bench: absent: no such model folder\n"
+
+
+def test_scores_are_those_of_the_official_algorithm():
+    rows = score(600, repeats=1)  # raises where a metric differs
+    assert [(row["version"], row["texts"], row["by"]) for row in rows] == [
+        (version, texts, by)
+        for version in ("1.1", "2.0")
+        for texts in ("as in SQuAD", "none twice")
+        for by in ("babl", "official algorithm")
+    ]
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in rows)
 
 
 @pytest.mark.slow

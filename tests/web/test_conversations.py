@@ -66,7 +66,7 @@ def test_search_finds_words_and_their_beginnings(me):
     found = me.call("GET", "/api/conversations", params={"q": "quok"})["conversations"]
     assert {each["id"] for each in found} == {id, other}
     hit = next(each for each in found if each["id"] == id)
-    assert "Quokka" in hit["excerpt"] and hit["message"] == me.thread(id)["messages"][0]["id"]
+    assert "Quokka" in hit["excerpt"] and hit["message"] in [m["id"] for m in me.thread(id)["messages"]]
     assert titles(me, q="quokka nowhere") == []
     assert [
         each["id"]

@@ -14,13 +14,12 @@ from django.db import models
 from django.db.models import Q
 from django.utils import timezone
 
-
 _lock = threading.Lock()
 _last = 0
 
 
 def uuid7() -> uuid.UUID:
-    """Returns a new UUID that is greater than those this process has made before. Ref: RFC 9562, sections 5.7 and 6.2."""
+    """Returns a new UUID, greater than those this process has made before. Ref: RFC 9562, sections 5.7 and 6.2."""
     global _last
     with _lock:
         _last = max(time.time_ns() * 4096 // 1_000_000, _last + 1)  # milliseconds, and 12 bits of their fraction

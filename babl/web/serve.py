@@ -3,8 +3,10 @@
 import fcntl
 import ipaddress
 import os
+import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -95,6 +97,13 @@ def serve(place: Place) -> int:
         class Server(uvicorn.Server):
             """Tells open streams that it ends; they would keep it waiting."""
 
+            @contextmanager
+            def capture_signals(self) -> Iterator[None]:  # uvicorn's would end the process by the signal, afterwards
+                before = {each: signal.signal(each, self.handle_exit) for each in (signal.SIGINT, signal.SIGTERM)}
+                yield
+                for each, handler in before.items():
+                    signal.signal(each, handler)
+
             def handle_exit(self, sig: int, frame: FrameType | None) -> None:
                 super().handle_exit(sig, frame)
                 hub.end()
@@ -156,7 +165,8 @@ def _check_address(host: str) -> None:
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family)
+        # Only of a socket that names TCP does asyncio turn off Nagle's algorithm, which holds text back for 40 ms.
+        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
     except (OSError, OverflowError) as error:

@@ -69,13 +69,13 @@ async def answers(user: Any, ids: Sequence[UUID], cursors: list[int]) -> AsyncIt
             woken.clear()
             for i, running in list(watched.items()):
                 state = {"g": running.id, **running.state, "saved": running.saved}
-                if told.get(i) != state and not running.done:
+                if told.get(i) != state and not running.over.is_set():
                     told[i] = state
                     yield frame("state", state, _id(cursors))
                 for each in _rest(i, running.id, running.text, cursors):
                     spoken = time.monotonic()
                     yield each
-                if running.done:
+                if running.over.is_set():
                     del watched[i]
                     running.watchers.discard(woken)
                     stored, _ = await _stored(user, ids[i])

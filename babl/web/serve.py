@@ -51,7 +51,7 @@ def prepare(place: Place) -> Path:
     import django
     from django.conf import settings
     from django.core.management import call_command
-    from django.db import DatabaseError, connections
+    from django.db import DatabaseError, connection, connections
 
     try:
         folder = Path(settings.BABL_DATA)
@@ -59,6 +59,9 @@ def prepare(place: Place) -> Path:
         raise UserError(f"--data: {place.data or 'the data folder'} cannot be written ({error.strerror})") from None
     django.setup()
     try:
+        if connection.vendor == "postgresql":  # once, by itself: a pool would go on trying
+            with connection.wrap_database_errors:
+                connection.Database.connect(**connection.get_connection_params()).close()
         call_command("migrate", verbosity=0, interactive=False)
     except DatabaseError as error:
         raise UserError(f"the database cannot be used: {str(error).strip().splitlines()[0]}") from None
@@ -163,15 +166,16 @@ def _check_address(host: str) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port < 2**16:
+        raise UserError(f"--port is {port}, expected 0 to 65535")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         # Only of a socket that names TCP does asyncio turn off Nagle's algorithm, which holds text back for 40 ms.
         listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"--port: {host}:{port} cannot be listened at ({reason}); choose another one") from None
+    except OSError as error:
+        raise UserError(f"--port: {host}:{port} cannot be listened at ({error.strerror}); choose another one") from None
     return listening
 
 

@@ -141,7 +141,9 @@ def test_a_full_queue_says_when_to_come_again_and_keeps_the_question(own_server)
     assert shown[0]["id"] == refused["question"]["id"]
     assert {c["status"] for c in shown[1]["columns"]} >= {"error"}
     failed = next(c for c in shown[1]["columns"] if c["error"] == "busy")
+    before = me.call("GET", "/api/status")["engine"]["pid"]
     own_server.engine().kill()  # all those before are gone
+    wait_for(lambda: (r := me.http.get("/api/status")).is_success and r.json()["engine"]["pid"] != before)
     body = {"client_id": str(uuid.uuid4()), "settings": {"max_new_tokens": 2}}
     again = wait_for(
         lambda: (r := me.http.post(f"/api/messages/{failed['id']}/again", json=body)).is_success and r.json()

@@ -162,10 +162,9 @@ def change_conversation(user: Any, id: UUID, change: ConversationChange) -> Conv
     for name in ("archived", "deleted"):
         if name in given:
             setattr(conversation, name, now if given[name] else None)
-    if given.keys() <= {"leaf", "archived", "deleted"}:  # looking and tidying do not make it newer
-        conversation.save()
-    else:
-        _touch(conversation, *({"title", "system_prompt", "model", "settings", "passage", "leaf"} & given.keys()))
+    if not given.keys() <= {"leaf", "archived", "deleted"}:  # looking and tidying do not make it newer
+        conversation.updated = now
+    conversation.save()
     return conversation
 
 

@@ -7,6 +7,8 @@ browser sends the last id when it connects again, and goes on there.
 - `delta {g, at, text}`: the answer goes on with `text`, which begins at code point `at`
 - `done {g, message}`: the answer as it is stored, a `selectors.message_json`
 - `reconnect {}`: the server ends, or the stream grew old; come again
+
+A stream ends after the last `done`; an EventSource is then to be closed, for it would come again.
 """
 
 import asyncio

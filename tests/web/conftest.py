@@ -173,6 +173,14 @@ class PostgreSQL:
         shutil.rmtree(self.folder)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+def pytest_collection_modifyitems(items):
+    """On PostgreSQL, the tests that are not about what is stored are slow ones: they take another minute."""
+    for item in items:
+        if "postgresql" in item.name and item.path.stem in ("test_api", "test_faults", "test_isolation", "test_serve"):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def postgresql():
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[4]))

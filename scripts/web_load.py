@@ -67,7 +67,7 @@ async def user(http: httpx.AsyncClient, model: str, seconds: float, figures: Fig
     parent, end = None, time.monotonic() + seconds
     while time.monotonic() < end:
         begun, text, first = time.monotonic(), "", None
-        body = {"client_id": str(uuid.uuid4()), "content": SCRIPT, "models": [model], "parent": parent}
+        body: dict[str, Any] = {"client_id": str(uuid.uuid4()), "content": SCRIPT, "models": [model], "parent": parent}
         body["settings"] = {"max_new_tokens": 64, "temperature": 0.8, "seed": len(figures.answers)}
         try:
             response = await http.post(f"/api/conversations/{conversation}/messages", json=body)

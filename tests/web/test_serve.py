@@ -36,6 +36,9 @@ def test_what_is_taken_is_said(server, tmp_path):
         )
     assert "--port is 70000, expected 0 to 65535" in refused("--data", tmp_path, "--port", 70000)
     assert f"--data: another server has {server.data}" in refused("--data", server.data, "--port", 0)
+    if server.environment:  # PostgreSQL, which two could share without sharing the folder
+        at = ("--data", tmp_path / "other", "--port", 0)
+        assert "DATABASE_URL: another server has this database" in refused(*at, **server.environment)
     (tmp_path / "file").touch()
     assert "file cannot be written (" in refused("--data", tmp_path / "file", "--port", 0)
 

@@ -126,6 +126,22 @@ def _parser() -> argparse.ArgumentParser:
     _add_sampling(sub, temperature=0.7)
     _add_device(sub)
 
+    sub = verb("serve", serve, "talk to the models in the browser")
+    sub.add_argument("--models", type=Path, action="append", default=[], metavar="DIR", help="default models and runs")
+    sub.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1; another one needs BABL_AUTH=login")
+    sub.add_argument("--port", type=int, default=8000, metavar="N", help="default 8000; 0 takes a free one")
+    sub.add_argument("--data", type=Path, metavar="DIR", help="of the database; default BABL_HOME, else ~/.babl")
+    sub.add_argument("--add-user", metavar="NAME", help="let NAME log in with a password it asks for, and end")
+
+    sub = verb("feedback", feedback, "what people said of answers in the browser, as questions to train on")
+    sub.add_argument("action", choices=("export",))
+    sub.add_argument("out", type=Path, metavar="OUT.json")
+    sub.add_argument(
+        "--test-share", type=float, default=0.0, metavar="P", help="keep this share of the passages for OUT-test.json"
+    )
+    sub.add_argument("--data", type=Path, metavar="DIR", help="as of `babl serve`")
+    sub.add_argument("--json", action="store_true")
+
     sub = verb("models", models, "the model folders here, and which of them fit this machine")
     sub.add_argument("--models", type=Path, default=Path("models"), metavar="DIR", help="default models")
     sub.add_argument("--json", action="store_true")
@@ -336,6 +352,44 @@ def chat(args: argparse.Namespace) -> int:
     session = Session.load(args.resume) if args.resume else Session(args.model, args.system)
     session.model = args.model
     return run(session, _sampling(args), args.device, args.dtype)
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Serves the browser until it is told to end."""
+    from babl.web.serve import Place, add_user
+    from babl.web.serve import serve as run
+
+    if args.add_user is None:
+        return run(Place(args.host, args.port, args.data, args.models))
+    from getpass import getpass
+
+    password = getpass(f"Password of {args.add_user}: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
+    add_user(args.add_user, password, args.data)
+    return 0
+
+
+def feedback(args: argparse.Namespace) -> None:
+    """Writes SQuAD files that `babl train` reads, and prints how many questions each has."""
+    from babl.data.squad import to_squad
+    from babl.web.serve import Place, prepare
+
+    prepare(Place(data=args.data))
+    from babl.web.chat.selectors import judged
+    from babl.web.chat.squad_io import corrections
+
+    found = corrections(judged(), args.test_share)
+    test = args.out.with_name(f"{args.out.stem}-test{args.out.suffix}")
+    if not found.train:
+        raise UserError("no answer about a passage has been judged in a way that tells what is right")
+    facts: dict[str, Any] = {"undecided": found.undecided}
+    for path, examples in ((args.out, found.train), (test, found.test)):
+        if examples:
+            try:
+                path.write_text(json.dumps(to_squad(examples), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"{path} cannot be written ({error.strerror})") from None
+            facts[str(path)] = len(examples)
+    _show(facts, args.json)
 
 
 def models(args: argparse.Namespace) -> None:

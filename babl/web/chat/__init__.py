@@ -1,0 +1,1 @@
+"""Conversations, passages, answers and what people say about them: the one Django app."""

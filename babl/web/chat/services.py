@@ -1,0 +1,428 @@
+"""Every write. Each function is one transaction and runs on the writer's thread (`database.write`)."""
+
+import hashlib
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+from uuid import UUID
+
+import msgspec
+from django.conf import settings
+from django.contrib.auth import get_user_model
+from django.contrib.sessions.backends.db import SessionStore
+from django.db import transaction
+from django.db.models import Model
+from django.utils import timezone
+
+from babl.errors import UserError
+from babl.web.chat import selectors
+from babl.web.chat.models import (
+    LIVE,
+    ApiKey,
+    Conversation,
+    Feedback,
+    Generation,
+    Message,
+    Passage,
+    Question,
+    Run,
+    RunAnswer,
+    Status,
+    uuid7,
+)
+from babl.web.engine.protocol import Request, Settings
+
+TITLE = 60  # characters of a title made of the first question
+COLUMNS = 8  # answers to one question at once
+TRASH_DAYS = 30
+LOCAL = "local"  # the user of a server without login
+
+
+class Conflict(UserError):
+    """What was asked for does not go with what has happened meanwhile."""
+
+
+class ConversationChange(msgspec.Struct, forbid_unknown_fields=True):
+    """What may be changed of a conversation; what is absent stays."""
+
+    title: str | msgspec.UnsetType = msgspec.UNSET
+    system_prompt: str | msgspec.UnsetType = msgspec.UNSET
+    model: str | msgspec.UnsetType = msgspec.UNSET
+    settings: Settings | msgspec.UnsetType = msgspec.UNSET
+    passage: UUID | msgspec.UnsetType | None = msgspec.UNSET
+    leaf: UUID | msgspec.UnsetType = msgspec.UNSET  # show the branch with this message
+    archived: bool | msgspec.UnsetType = msgspec.UNSET
+    deleted: bool | msgspec.UnsetType = msgspec.UNSET
+
+
+class Ask(msgspec.Struct, forbid_unknown_fields=True):
+    """A question, and who is to answer it how: each model with each of `contexts`, side by side."""
+
+    client_id: UUID
+    content: str
+    models: list[str]
+    parent: UUID | None = None
+    passage: UUID | None = None
+    contexts: tuple[bool, ...] = (True,)
+    kind: Literal["chat", "qa", "completion"] | None = None
+    golds: list[str] | None = None
+    settings: Settings | None = None
+
+
+class Again(msgspec.Struct, forbid_unknown_fields=True):
+    """Another answer to the question that has this answer; what is None is as it was."""
+
+    client_id: UUID
+    model: str | None = None
+    with_context: bool | None = None
+    settings: Settings | None = None
+
+
+class Judgement(msgspec.Struct, forbid_unknown_fields=True):
+    """What the user thinks of an answer; the right span counts code points of the passage."""
+
+    good: bool
+    span: tuple[int, int] | None = None
+    no_answer: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a question has led to.
+
+    Attributes:
+        question: The user's message.
+        answers: Placeholders, to be filled.
+        requests: What the engine is to be asked, one for each new answer; none where all this was there already.
+    """
+
+    question: Message
+    answers: list[Message]
+    requests: list[Request]
+
+
+def _text(name: str, value: str, most: int, least: int = 0) -> str:
+    """Returns the text without NUL, which PostgreSQL cannot store, if it is neither too long nor too short."""
+    value = value.replace("\0", "")
+    if not least <= len(value) <= most:
+        raise UserError(f"{name} has {len(value)} characters, expected {least} to {most}")
+    return value
+
+
+def without_nul(data: bytes) -> bytes:
+    """Returns JSON without the escape of NUL, which PostgreSQL cannot store; an escaped backslash is none of it."""
+    return re.sub(rb"(?<!\\)((?:\\\\)*)\\u0000", rb"\1", data)
+
+
+def _touch(conversation: Conversation, *fields: str) -> None:
+    conversation.updated = timezone.now()
+    conversation.save(update_fields=[*fields, "updated"])
+
+
+@transaction.atomic
+def create_conversation(user: Any, id: UUID | None = None, change: ConversationChange | None = None) -> Conversation:
+    """Returns the new conversation, or the user's one of that id where it is there already.
+
+    Raises:
+        Conflict: Another user has one of that id.
+    """
+    if id is not None and (there := Conversation.objects.filter(id=id).first()):
+        if there.owner_id != user.pk:
+            raise Conflict("that id is taken")
+        return there
+    conversation = Conversation.objects.create(id=id or uuid7(), owner=user)
+    return change_conversation(user, conversation.id, change) if change else conversation
+
+
+@transaction.atomic
+def change_conversation(user: Any, id: UUID, change: ConversationChange) -> Conversation:
+    """Returns the conversation as it is now.
+
+    Raises:
+        Conversation.DoesNotExist, Passage.DoesNotExist, Message.DoesNotExist: The user has none of that id.
+        UserError: A text is too long.
+    """
+    conversation = selectors.conversation(user, id)
+    given = {name: value for name in change.__struct_fields__ if (value := getattr(change, name)) is not msgspec.UNSET}
+    for name, most in (("title", 200), ("system_prompt", settings.PROMPT_CHARACTERS), ("model", 200)):
+        if name in given:
+            setattr(conversation, name, _text(name, given[name], most))
+    if "settings" in given:
+        conversation.settings = msgspec.to_builtins(given["settings"])
+    if "passage" in given:
+        conversation.passage = None if given["passage"] is None else selectors.passage(user, given["passage"])
+    if "leaf" in given:
+        shown = Message.objects.get(conversation=conversation, id=given["leaf"])
+        conversation.leaf_id = selectors.newest_leaf(shown)
+    now = timezone.now()
+    for name in ("archived", "deleted"):
+        if name in given:
+            setattr(conversation, name, now if given[name] else None)
+    if not given.keys() <= {"leaf", "archived", "deleted"}:  # looking and tidying do not make it newer
+        conversation.updated = now
+    conversation.save()
+    return conversation
+
+
+@transaction.atomic
+def purge_conversation(user: Any, id: UUID) -> None:
+    """The conversation is gone for good, and with it each passage that nothing else uses.
+
+    Raises:
+        Conflict: It is not in the trash.
+    """
+    conversation = selectors.conversation(user, id)
+    if conversation.deleted is None:
+        raise Conflict("the conversation is not in the trash")
+    _purge([conversation])
+
+
+@transaction.atomic
+def tidy() -> None:
+    """What was in the trash for `TRASH_DAYS`, and sessions that have expired, are gone for good."""
+    _purge(list(Conversation.objects.filter(deleted__lt=timezone.now() - timedelta(days=TRASH_DAYS))))
+    SessionStore.clear_expired()
+
+
+def _purge(conversations: Sequence[Conversation]) -> None:
+    used = set(Message.objects.filter(conversation__in=conversations).values_list("passage_id", flat=True))
+    used |= {each.passage_id for each in conversations}
+    for each in conversations:
+        each.delete()
+    free = Passage.objects.filter(id__in=used - {None}, questions__isnull=True)
+    free = free.exclude(id__in=Question.objects.values("passage_id"))
+    free.exclude(id__in=Conversation.objects.filter(passage__isnull=False).values("passage_id")).delete()
+
+
+@transaction.atomic
+def add_passage(user: Any, text: str, title: str = "", **facts: Any) -> Passage:
+    """Returns the user's passage of this text: the one that is there already, or a new one with these facts."""
+    text = _text("the passage", text.replace("\r\n", "\n"), settings.PASSAGE_CHARACTERS, least=1)
+    title = _text("title", title, 200) or " ".join(text[:TITLE].split())
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    facts |= {"text": text, "title": title}
+    return Passage.objects.get_or_create(owner=user, sha256=sha256, defaults=facts)[0]
+
+
+@transaction.atomic
+def ask(user: Any, id: UUID, body: Ask) -> Asked:
+    """Returns the question and its waiting answers, all of them stored; asked twice, it is stored once.
+
+    Raises:
+        Conversation.DoesNotExist, Passage.DoesNotExist: The user has none of that id.
+        Conflict: The parent is no answer of this conversation, or one that is still being written.
+        UserError: A text is too long, or there are too many answers to write.
+    """
+    conversation = selectors.conversation(user, id)
+    there = conversation.messages.select_related("passage").filter(client_id=body.client_id).first()
+    if there is not None:
+        return Asked(there, list(there.children.select_related("generation").order_by("created", "id")), [])
+    if body.parent is not None:
+        parent = conversation.messages.filter(id=body.parent, role=Message.Role.ASSISTANT)
+        parent = parent.select_related("generation").first()
+        if parent is None:
+            raise Conflict("the answer this question follows is not in the conversation")
+        if parent.generation.status in LIVE:
+            raise Conflict("the answer before is still being written")
+    ways = [(model, context) for model in dict.fromkeys(body.models) for context in dict.fromkeys(body.contexts)]
+    if not 1 <= len(ways) <= COLUMNS:
+        raise UserError(f"{len(ways)} answers were asked for, expected 1 to {COLUMNS}")
+    passage = None if body.passage is None else selectors.passage(user, body.passage)
+    question = Message.objects.create(
+        conversation=conversation,
+        parent_id=body.parent,
+        role=Message.Role.USER,
+        content=_text("the question", body.content, settings.PROMPT_CHARACTERS, least=1),
+        client_id=body.client_id,
+        passage=passage,
+        golds=None if body.golds is None else [gold for gold in body.golds if gold.strip()],
+    )
+    kind = body.kind or (Generation.Kind.QA if passage or len(ways) > 1 else Generation.Kind.CHAT)
+    sampling = conversation.settings if body.settings is None else msgspec.to_builtins(body.settings)
+    answers = []
+    for model, context in ways:
+        answer = Message(conversation=conversation, parent=question, role=Message.Role.ASSISTANT)
+        how = Generation(kind=kind, model=_text("model", model, 200, least=1), with_context=context, settings=sampling)
+        how.comparison = question.id if len(ways) > 1 else None
+        answers.append(_placed(answer, how))
+    conversation.leaf, conversation.model = answers[0], ways[0][0]
+    conversation.title = conversation.title or _title(question.content)
+    _touch(conversation, "leaf", "model", "title")
+    return Asked(question, answers, [selectors.request(answer.generation) for answer in answers])
+
+
+def _title(question: str) -> str:
+    """Returns the first line, or as many words of it as there is room for."""
+    line = " ".join(question.strip().split("\n", 1)[0].split())
+    return line if len(line) <= TITLE else line[: TITLE - 1].rsplit(" ", 1)[0] + "…"
+
+
+def _placed(answer: Message, how: Generation) -> Message:
+    answer.save(force_insert=True)
+    how.message = answer
+    how.save(force_insert=True)
+    return answer
+
+
+@transaction.atomic
+def ask_again(user: Any, id: UUID, body: Again) -> Asked:
+    """Returns the question of this answer with a further one waiting beside it; asked twice, it is stored once.
+
+    Raises:
+        Message.DoesNotExist: The user has no such answer.
+        Conflict: That answer is still being written.
+    """
+    before = selectors.message(user, id)
+    if before.role != Message.Role.ASSISTANT:
+        raise Message.DoesNotExist
+    conversation, question, old = before.conversation, before.parent, before.generation
+    there = conversation.messages.select_related("generation").filter(client_id=body.client_id).first()
+    if there is not None:
+        return Asked(question, [there], [])
+    if old.status in LIVE:
+        raise Conflict("the answer is still being written")
+    answer = Message(conversation=conversation, parent=question, role=Message.Role.ASSISTANT, client_id=body.client_id)
+    how = Generation(
+        kind=old.kind,
+        model=_text("model", body.model or old.model, 200, least=1),
+        with_context=old.with_context if body.with_context is None else body.with_context,
+        settings=old.settings if body.settings is None else msgspec.to_builtins(body.settings),
+    )
+    conversation.leaf = _placed(answer, how)
+    _touch(conversation, "leaf")
+    return Asked(question, [answer], [selectors.request(how)])
+
+
+@transaction.atomic
+def save_progress(rows: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:
+    """What has been written so far of the answers is stored: id, text, and facts of `Generation`.
+
+    An answer that has ended meanwhile stays as it is.
+    """
+    for id, text, facts in rows:
+        if Generation.objects.filter(message_id=id, status__in=LIVE).update(**facts):
+            Message.objects.filter(id=id).update(content=text.replace("\0", ""))
+
+
+@transaction.atomic
+def finish(id: str, text: str, facts: Mapping[str, Any]) -> None:
+    """The answer is stored as it ended; the first call counts."""
+    if Generation.objects.filter(message_id=id, status__in=LIVE).update(finished=timezone.now(), **facts):
+        Message.objects.filter(id=id).update(content=text.replace("\0", ""))
+
+
+@transaction.atomic
+def interrupt_all() -> int:
+    """Returns how many answers and runs nobody works on any more; they are now marked interrupted, with what they have.
+
+    Called where nothing is running: at the start, and at the end.
+    """
+    answers = Generation.objects.filter(status__in=LIVE)
+    count = answers.update(status=Status.INTERRUPTED, finished=timezone.now())
+    return count + Run.objects.filter(status__in=LIVE).update(status=Status.INTERRUPTED)
+
+
+@transaction.atomic
+def judge(user: Any, id: UUID, body: Judgement) -> Feedback:
+    """Returns what the user now thinks of the answer.
+
+    Raises:
+        Message.DoesNotExist: The user has no such answer.
+        UserError: The span is not in the passage, or stands beside `no_answer`.
+    """
+    answer = selectors.message(user, id)
+    if answer.role != Message.Role.ASSISTANT:
+        raise Message.DoesNotExist
+    if answer.generation.status in LIVE:
+        raise Conflict("the answer is still being written")
+    passage = answer.parent.passage
+    if (body.span or body.no_answer) and passage is None:
+        raise UserError("the question has no passage to find an answer in")
+    if body.span and body.no_answer:
+        raise UserError("a right span and no_answer exclude each other")
+    if body.span and not 0 <= body.span[0] < body.span[1] <= len(passage.text):
+        raise UserError(
+            f"the span is {list(body.span)}, expected a part of the passage's {len(passage.text)} characters"
+        )
+    start, end = body.span or (None, None)
+    facts: dict[str, Any] = {"good": body.good, "right_start": start, "right_end": end, "no_answer": body.no_answer}
+    facts |= {"note": _text("note", body.note, 10_000), "updated": timezone.now()}
+    return Feedback.objects.update_or_create(message=answer, defaults=facts)[0]
+
+
+@transaction.atomic
+def forget_judgement(user: Any, id: UUID) -> None:
+    """The answer has no feedback."""
+    Feedback.objects.filter(message=selectors.message(user, id)).delete()
+
+
+@transaction.atomic
+def create_api_key(user: Any, name: str) -> tuple[ApiKey, str]:
+    """Returns the new key's row, and the key itself, which is nowhere else."""
+    key = f"babl-{secrets.token_urlsafe(32)}"
+    row = ApiKey.objects.create(
+        owner=user, name=_text("name", name, 100, least=1), prefix=key[:12], sha256=key_hash(key)
+    )
+    return row, key
+
+
+def key_hash(key: str) -> str:
+    """Returns what is stored of an API key; it is random and long, so a plain hash keeps it."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+@transaction.atomic
+def revoke_api_key(user: Any, id: UUID) -> None:
+    """The key lets nobody in any more."""
+    key = ApiKey.objects.get(owner=user, id=id)
+    key.revoked = key.revoked or timezone.now()
+    key.save(update_fields=["revoked"])
+
+
+@transaction.atomic
+def local_user() -> Model:
+    """Returns the one user of a server without login."""
+    user, new = get_user_model().objects.get_or_create(username=LOCAL)
+    if new:
+        user.set_unusable_password()
+        user.save()
+    return user
+
+
+@transaction.atomic
+def create_run(user: Any, set_id: UUID, model: str, with_context: bool) -> Run:
+    """Returns a new run of the user's question set, waiting."""
+    of = selectors.question_set(user, set_id)
+    return Run.objects.create(set=of, model=_text("model", model, 200, least=1), with_context=with_context)
+
+
+@transaction.atomic
+def resume_run(user: Any, id: UUID) -> Run:
+    """Returns the run, waiting again for the answers it has not.
+
+    Raises:
+        Conflict: It is going on, or done.
+    """
+    run = selectors.run(user, id)
+    if run.status in (*LIVE, Status.DONE):
+        raise Conflict(f"the run is {run.status}")
+    run.status, run.error_message = Status.QUEUED, ""
+    run.save(update_fields=["status", "error_message"])
+    return run
+
+
+@transaction.atomic
+def change_run(id: UUID, status: str, answers: Iterable[RunAnswer] = (), **facts: Any) -> None:
+    """The run has this status and these answers more."""
+    RunAnswer.objects.bulk_create(answers, ignore_conflicts=True)
+    Run.objects.filter(id=id).update(status=status, **facts)
+
+
+@transaction.atomic
+def delete_question_set(user: Any, id: UUID) -> None:
+    """The set and its runs are gone."""
+    selectors.question_set(user, id).delete()

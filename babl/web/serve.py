@@ -1,0 +1,202 @@
+"""What `babl serve` runs: one web process, which starts the engine's and answers until it is told to end."""
+
+import asyncio
+import fcntl
+import ipaddress
+import os
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from babl.errors import UserError
+
+GRACE_SECONDS = 8  # for responses under way when the server is told to end
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a server listens, and what it has.
+
+    Attributes:
+        host: Address; another than a loopback one needs login.
+        port: 0 takes a free one.
+        data: Folder of the database; None for `BABL_HOME`, else ~/.babl.
+        models: Folders of models; none for those that `make demo` and `babl train` write.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    data: Path | None = None
+    models: Sequence[Path] = ()
+
+
+def prepare(place: Place) -> Path:
+    """Returns the data folder; Django is set up, and its database has all tables.
+
+    Raises:
+        UserError: The folder cannot be written, the database cannot be reached, or the environment makes no sense.
+    """
+    auth = os.environ.get("BABL_AUTH", "local")
+    if auth not in ("local", "login"):
+        raise UserError(f"BABL_AUTH is {auth!r}, expected local or login")
+    if place.data is not None:
+        os.environ["BABL_DATA"] = str(place.data.absolute())
+    if place.models:
+        os.environ["BABL_MODELS"] = os.pathsep.join(str(each.absolute()) for each in place.models)
+    os.environ["DJANGO_SETTINGS_MODULE"] = "babl.web.settings"
+    import django
+    from django.conf import settings
+    from django.core.management import call_command
+    from django.db import DatabaseError, connection, connections
+
+    try:
+        folder = Path(settings.BABL_DATA)
+    except OSError as error:
+        raise UserError(f"--data: {place.data or 'the data folder'} cannot be written ({error.strerror})") from None
+    django.setup()
+    try:
+        if connection.vendor == "postgresql":  # once, by itself: a pool would go on trying
+            with connection.wrap_database_errors:
+                connection.Database.connect(**connection.get_connection_params()).close()
+        call_command("migrate", verbosity=0, interactive=False)
+    except DatabaseError as error:
+        raise UserError(f"the database cannot be used: {str(error).strip().splitlines()[0]}") from None
+    finally:
+        connections.close_all()
+    return folder
+
+
+def serve(place: Place) -> int:
+    """Returns 0 once the server was told to end, by SIGTERM or Ctrl-C, and has.
+
+    Raises:
+        UserError: The address would be open to others without login, or is taken; or another server has this data.
+    """
+    _check_address(place.host)
+    listening = _listen(place.host, place.port)
+    with _only_one(place.data):
+        prepare(place)
+        import uvicorn
+        from django.conf import settings
+
+        from babl.web.asgi import Application
+        from babl.web.chat.access import link
+        from babl.web.chat.database import claim, write
+        from babl.web.chat.hub import hub
+        from babl.web.chat.services import local_user
+        from babl.web.engine.client import DEFAULT_FOLDERS, EngineClient
+
+        if not asyncio.run(write(claim)):
+            raise UserError("DATABASE_URL: another server has this database; end it, or choose another one")
+        host = f"[{place.host}]" if ":" in place.host else place.host
+        link.address = f"http://{host}:{listening.getsockname()[1]}"
+
+        async def open_hub() -> None:
+            await write(local_user)
+            await hub.open(EngineClient(settings.BABL_MODELS or DEFAULT_FOLDERS, scripted=settings.BABL_SCRIPTED))
+
+        class Server(uvicorn.Server):
+            """Tells open streams that it ends; they would keep it waiting."""
+
+            @contextmanager
+            def capture_signals(self) -> Iterator[None]:  # uvicorn's would end the process by the signal, afterwards
+                before = {each: signal.signal(each, self.handle_exit) for each in (signal.SIGINT, signal.SIGTERM)}
+                yield
+                for each, handler in before.items():
+                    signal.signal(each, handler)
+
+            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+                super().handle_exit(sig, frame)
+                hub.end()
+
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                if self.started:
+                    where = link if settings.BABL_AUTH == "local" else link.address
+                    print(f"Babl is at {where}  (Ctrl-C ends it)", flush=True)
+
+        config = uvicorn.Config(
+            Application(open_hub, hub.close),
+            lifespan="on",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+            proxy_headers=bool(os.environ.get("BABL_TRUSTED_PROXIES")),
+            forwarded_allow_ips=os.environ.get("BABL_TRUSTED_PROXIES", ""),
+        )
+        server = Server(config)
+        server.run(sockets=[listening])
+    return 0 if server.started else 1
+
+
+def add_user(name: str, password: str, data: Path | None = None) -> None:
+    """The user can log in with this password.
+
+    Raises:
+        UserError: The password is too short.
+    """
+    prepare(Place(data=data))
+    from django.contrib.auth import get_user_model
+    from django.contrib.auth.password_validation import validate_password
+    from django.core.exceptions import ValidationError
+
+    try:
+        validate_password(password)
+    except ValidationError as error:
+        raise UserError(" ".join(error.messages)) from None
+    user, _ = get_user_model().objects.get_or_create(username=name)
+    user.set_password(password)
+    user.save()
+
+
+def _check_address(host: str) -> None:
+    """Nobody but this machine's users can reach the address, or whoever does must log in."""
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        raise UserError(f"--host is {host!r}, expected an IP address") from None
+    needed = {"BABL_AUTH=login": os.environ.get("BABL_AUTH") == "login"}
+    needed |= {name: bool(os.environ.get(name)) for name in ("SECRET_KEY", "ALLOWED_HOSTS")}
+    missing = [name for name, there in needed.items() if not there]
+    if not loopback and missing:
+        raise UserError(f"--host is {host}, which others can reach; set {', '.join(missing)} in the environment first")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port < 2**16:
+        raise UserError(f"--port is {port}, expected 0 to 65535")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # Only of a socket that names TCP does asyncio turn off Nagle's algorithm, which holds text back for 40 ms.
+        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise UserError(f"--port: {host}:{port} cannot be listened at ({error.strerror}); choose another one") from None
+    return listening
+
+
+def _only_one(data: Path | None) -> IO[str]:
+    """Returns a file that is locked while it is open: two servers would each take the other's answers for lost ones.
+
+    Raises:
+        UserError: It is locked already, or cannot be written.
+    """
+    folder = data or Path(os.environ.get("BABL_DATA") or os.environ.get("BABL_HOME") or Path.home() / ".babl")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = (folder / "serve.lock").open("w")
+    except OSError as error:
+        raise UserError(f"--data: {folder} cannot be written ({error.strerror})") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"--data: another server has {folder}; end it, or choose another folder") from None
+    return file

@@ -1,0 +1,124 @@
+"""Django's settings, all of them from the environment that `babl serve` prepares.
+
+BABL_DATA       folder of the database and the secret key; default `BABL_HOME`, else ~/.babl
+BABL_MODELS     folders of models, separated by `os.pathsep`; default the engine's own choice
+BABL_AUTH       `local` (one user, let in by the link `babl serve` prints) or `login` (names and passwords)
+BABL_SCRIPTED   1: no model answers, but what `babl.web.engine.scripted` reads in the questions; for tests
+DATABASE_URL    another database than the embedded one: postgres://user@host/name
+SECRET_KEY      signs sessions; default one made once and kept in the data folder
+ALLOWED_HOSTS   names the server answers to, separated by commas; default the loopback ones
+
+Behind a proxy that speaks HTTPS, BABL_HTTPS=1 keeps cookies off plain HTTP, BABL_TRUSTED_PROXIES names the addresses
+whose X-Forwarded-For is believed, and CSRF_TRUSTED_ORIGINS the origins of the pages, such as https://babl.example.org.
+BABL_QUESTIONS_PER_MINUTE limits each user (60).
+"""
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import dj_database_url
+
+BABL_DATA = Path(os.environ.get("BABL_DATA") or os.environ.get("BABL_HOME") or Path.home() / ".babl")
+BABL_MODELS = [Path(each) for each in os.environ.get("BABL_MODELS", "").split(os.pathsep) if each]
+BABL_AUTH = os.environ.get("BABL_AUTH", "local")
+BABL_SCRIPTED = os.environ.get("BABL_SCRIPTED") == "1"
+
+
+def _secret_key() -> str:
+    """Returns the key of this data folder, made at the first call; a copy of it in another folder would sign alike."""
+    file = BABL_DATA / "secret-key"
+    BABL_DATA.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:
+            new.write(secrets.token_urlsafe(48))
+    except FileExistsError:
+        pass
+    return file.read_text()
+
+
+SECRET_KEY = os.environ.get("SECRET_KEY") or _secret_key()
+DEBUG = False
+LOOPBACK_NAMES = ["127.0.0.1", "localhost", "[::1]"]
+ALLOWED_HOSTS = [name for name in os.environ.get("ALLOWED_HOSTS", "").split(",") if name] or LOOPBACK_NAMES
+
+INSTALLED_APPS = [
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "babl.web.chat",
+]
+MIDDLEWARE = [
+    "babl.web.middleware.headers",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "babl.web.middleware.gate",
+]
+ROOT_URLCONF = "babl.web.urls"
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.csrf",
+                "django.contrib.auth.context_processors.auth",
+            ]
+        },
+    }
+]
+DATABASES: dict[str, Any] = {}
+if os.environ.get("DATABASE_URL"):
+    DATABASES["default"] = dj_database_url.parse(os.environ["DATABASE_URL"], conn_max_age=0)
+    DATABASES["default"]["OPTIONS"] = {
+        "pool": {"min_size": 1, "max_size": 10, "timeout": 20},
+        "options": "-c statement_timeout=30000",
+    }
+else:
+    DATABASES["default"] = {
+        "ENGINE": "django.db.backends.sqlite3",
+        "NAME": BABL_DATA / "babl.sqlite3",
+        "OPTIONS": {
+            "transaction_mode": "IMMEDIATE",  # a transaction that reads first can then not fail where it writes
+            "timeout": 20,
+            # FULL: a committed question survives a power cut. Only the writer (chat/database.py) checkpoints.
+            "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA wal_autocheckpoint=0;"
+            " PRAGMA journal_size_limit=67108864;",
+        },
+    }
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+USE_TZ = True
+TIME_ZONE = "UTC"
+LANGUAGE_CODE = "en"
+USE_I18N = False
+
+STATIC_URL = "/static/"
+LOGIN_URL = "/login/"
+SESSION_COOKIE_NAME = "babl_session"
+SESSION_COOKIE_AGE = 90 * 24 * 3600
+SESSION_COOKIE_SAMESITE = "Lax"
+SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = os.environ.get("BABL_HTTPS") == "1"
+CSRF_COOKIE_NAME = "babl_csrf"
+CSRF_COOKIE_HTTPONLY = True  # pages carry the token themselves, for the header X-CSRFToken
+CSRF_FAILURE_VIEW = "babl.web.chat.views.csrf_failed"
+CSRF_TRUSTED_ORIGINS = [each for each in os.environ.get("CSRF_TRUSTED_ORIGINS", "").split(",") if each]
+AUTH_PASSWORD_VALIDATORS = [{"NAME": "django.contrib.auth.password_validation.MinimumLengthValidator"}]
+
+PROMPT_CHARACTERS = 100_000  # of one message
+PASSAGE_CHARACTERS = 1_000_000
+UPLOAD_BYTES = 64 * 2**20  # of an import or a question set
+DATA_UPLOAD_MAX_MEMORY_SIZE = UPLOAD_BYTES
+FILE_UPLOAD_MAX_MEMORY_SIZE = UPLOAD_BYTES
+QUESTIONS_PER_MINUTE = int(os.environ.get("BABL_QUESTIONS_PER_MINUTE", "60"))  # of one user
+LOGINS_PER_MINUTE = 10  # of one name, and of one address
+
+LOGGING = {  # requests are never logged with their bodies, and errors without their local variables
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "root": {"handlers": ["stderr"], "level": "WARNING"},
+    "loggers": {"babl.web": {"level": "INFO"}, "django.request": {"level": "ERROR"}},
+}

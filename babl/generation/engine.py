@@ -59,7 +59,7 @@ class Answer:
 
 
 @dataclass
-class _Row:
+class Row:
     """One prompt on its way to an answer."""
 
     prompt: list[int]
@@ -76,6 +76,7 @@ class _Row:
     log_prob: float = 0.0
     steps: int = 0
     finish: Finish | None = None
+    shown: int = 0  # characters that `piece` has given
 
     def __post_init__(self) -> None:
         self.drafts = self.config.prompt_lookup_num_tokens
@@ -105,6 +106,22 @@ class _Row:
             self.pieces = [text[: min(found)]]
         return bool(found)
 
+    def cancel(self) -> None:
+        """What is written so far is the answer."""
+        self.finish = self.finish or "cancelled"
+
+    def piece(self) -> str:
+        """Returns the text that was written since the last call, but for what may be the beginning of a stop string."""
+        if self.finish:
+            text = self.answer().text
+            safe = len(text)
+        else:
+            text = "".join(self.pieces)
+            safe = len(text) - _unsafe(text, self.config.stop_strings)
+        piece = text[self.shown : safe]
+        self.shown = max(self.shown, safe)
+        return piece
+
     def answer(self) -> Answer:
         """Returns what was written."""
         if self.finish != "stop":
@@ -119,20 +136,14 @@ class Stream:
 
     answer: Answer
 
-    def __init__(self, row: _Row, steps: Iterator[None]):
+    def __init__(self, row: Row, steps: Iterator[None]):
         self._row, self._steps = row, steps
 
     def __iter__(self) -> Iterator[str]:
-        shown = 0
         for _ in self._steps:
-            text = "".join(self._row.pieces)
-            safe = len(text) - (0 if self._row.finish == "stop" else _unsafe(text, self._row.config.stop_strings))
-            if safe > shown:
-                yield text[shown:safe]
-                shown = safe
+            if piece := self._row.piece():
+                yield piece
         self.answer = self._row.answer()
-        if len(self.answer.text) > shown:
-            yield self.answer.text[shown:]
 
 
 def _unsafe(text: str, stop_strings: Sequence[str]) -> int:
@@ -146,6 +157,149 @@ def _close(logits: Tensor) -> Tensor:
     """Returns, (...) bool, whether rounding could make another token the likeliest of logits (..., V)."""
     first, second = logits.topk(2).values.unbind(-1)
     return first - second < ROUNDING * logits.abs().amax(-1)
+
+
+def prompt_limit(context: int | None, max_new_tokens: int) -> int | None:
+    """Returns the most tokens of a prompt that leave room for an answer, at least half the context; None for any.
+
+    Args:
+        context: Of the model, in tokens; None where it has no bound.
+        max_new_tokens: Of the answer.
+    """
+    return None if context is None else context - min(max_new_tokens, context // 2)
+
+
+class Decoding:
+    """Rows that are answered together, one step at a time.
+
+    Between steps a row may be cancelled, and another decoding may join; what the others write does not change.
+
+    Attributes:
+        rows: Those it was made of and those that joined, as far as they are not known to be done.
+        read: Whether the prompts are read, and each row has its first token.
+    """
+
+    def __init__(self, engine: "Engine", rows: list[Row], read_tokens: int | None = None):
+        self.engine, self.rows, self.read = engine, rows, False
+        self._drafted = max((row.config.prompt_lookup_num_tokens for row in rows), default=0)
+        self._reading = self._read(read_tokens)
+        self._step: Callable[[Tensor, Cache], Tensor] = self._plain_step
+        self._cache: Cache
+        self._tied = False  # whether a choice was too close to be made among several tokens
+
+    @property
+    def done(self) -> bool:
+        """Whether every row has its answer."""
+        return all(row.finish for row in self.rows)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Each row has another token, or those of a draft that were right; before that, prompts are read."""
+        if not self.read:
+            state = next(self._reading)
+            if state is None:
+                return
+            self.read = True
+            drafts: list[list[int]] = [[] for _ in self.rows]
+            logits = self.engine._logits(state)[:, None]  # (B, 1, V)
+        else:
+            self._drop()
+            drafts = [[] if self._tied else self._draft(row) for row in self.rows]
+            fed = [[row.ids[-1], *tokens] for row, tokens in zip(self.rows, drafts, strict=True)]
+            logits = self._step(self.engine._padded(fed), self._cache)  # (B, n, V)
+        self._tied = self._accept(drafts, logits)
+        if logits.shape[1] > 1:  # of what was drafted, the cache keeps what was right
+            lengths = [row.origin + len(row.ids) - 1 for row in self.rows]
+            self._cache.cut(torch.tensor(lengths, device=self.engine.device), max(lengths))
+
+    @torch.inference_mode()
+    def join(self, other: "Decoding") -> None:
+        """The rows of the other decoding go on in this one; both are read, and neither is done."""
+        self._drop()
+        other._drop()
+        self.rows = [*self.rows, *other.rows]
+        self._drafted = max(self._drafted, other._drafted)
+        self._tied = self._tied or other._tied
+        self._cache.join(other._cache, max(row.origin + row.limit for row in self.rows) + self._drafted)
+        self._step = self._plain_step
+
+    def _read(self, read_tokens: int | None) -> Iterator[Tensor | None]:
+        """Yields None after each part of the prompts, but after the last the state (B, C) behind each."""
+        engine, prompts = self.engine, [row.prompt for row in self.rows]
+        room = max(row.limit for row in self.rows) + self._drafted
+        width = max(map(len, prompts))
+        part = width if read_tokens is None else max(1, read_tokens // len(prompts))
+        if engine.model.is_encoder_decoder or part >= width:
+            self._cache, state = engine._read(prompts, room)
+        else:
+            self._cache, state = engine._prefill([prompt[:part] for prompt in prompts], width - part + room)
+            for at in range(part, width, part):
+                yield None
+                # A row that is over is filled up, behind its end; it is cut there afterwards.
+                ids = engine._padded([prompt[at : at + part] for prompt in prompts])
+                states = engine.model.decode(ids, self._cache)  # (B, part, C)
+                for i, prompt in enumerate(prompts):
+                    if at < len(prompt) <= at + part:
+                        state[i] = states[i, len(prompt) - 1 - at]
+            self._cache.cut(torch.tensor([len(prompt) for prompt in prompts], device=engine.device), width)
+        for row, length in zip(self.rows, self._cache.lengths.tolist(), strict=True):
+            row.origin = length
+        if engine.device.type == "cuda" and len(self.rows) == 1 and not self._drafted and engine.hook is None:
+            # One row waits for kernel launches more than for anything else.
+            self._step = GraphedStep(self._plain_step, self._cache)
+        yield state
+
+    def _plain_step(self, ids: Tensor, cache: Cache) -> Tensor:
+        """Puts ids (B, n) into the cache and returns the logits (B, n, V) behind each."""
+        return self.engine._logits(self.engine.model.decode(ids, cache))
+
+    def _drop(self) -> None:
+        """Rows that are done are gone."""
+        kept = [i for i, row in enumerate(self.rows) if row.finish is None]
+        if len(kept) < len(self.rows):
+            self.rows = [self.rows[i] for i in kept]
+            self._cache.keep_rows(torch.tensor(kept, device=self.engine.device))
+
+    def _accept(self, drafts: list[list[int]], logits: Tensor) -> bool:
+        """Each row writes the tokens of its draft that it would have written, and the one after; logits (B, n, V).
+
+        Returns whether a row stopped short of a choice too close to be made among several tokens, whose logits are
+        rounded otherwise than a single one's; the next step must have no drafts.
+        """
+        stop_ids = self.engine.tokenizer.stop_ids
+        several = logits.shape[1] > 1
+        best = logits.max(-1)  # (B, n)
+        likeliest = best.indices.tolist()
+        log_probs = (best.values - logits.logsumexp(-1)).tolist()
+        close = _close(logits).tolist() if several else None
+        tied = False
+        for b, (row, tokens) in enumerate(zip(self.rows, drafts, strict=True)):
+            if row.finish:  # cancelled while it was read
+                continue
+            row.steps += 1
+            if not row.config.greedy:
+                token = choose(logits[b, 0], row.config, [*row.seen, *row.ids], row.rng)
+                row.write(token, float(logits[b, 0].log_softmax(-1)[token]), stop_ids)
+                continue
+            right = 0  # tokens of the draft
+            for place in range(len(tokens) + 1):
+                if close and close[b][place]:
+                    tied = True
+                    break
+                row.write(likeliest[b][place], log_probs[b][place], stop_ids)
+                if row.finish or place == len(tokens) or tokens[place] != likeliest[b][place]:
+                    break
+                right += 1
+            if tokens:  # who copied all copies on; who did not is not worth a long draft
+                row.drafts = 2 * len(tokens) if right == len(tokens) else max(1, right)
+        return tied
+
+    def _draft(self, row: Row) -> list[int]:
+        number = min(row.config.prompt_lookup_num_tokens, row.drafts, row.limit - len(row.ids) - 1)
+        if number < 1 or not row.config.greedy:
+            return []
+        source = row.prompt if self.engine.model.is_encoder_decoder else [*row.prompt, *row.ids]
+        return draft(source, row.ids, number)
 
 
 class Engine:
@@ -187,13 +341,8 @@ class Engine:
         return cls(model, load_tokenizer(folder))
 
     def prompt_limit(self, max_new_tokens: int) -> int | None:
-        """Returns the most tokens of a prompt that leave room for an answer, at least half the context; None for any.
-
-        Args:
-            max_new_tokens: Of the answer.
-        """
-        context = self.model.context_length
-        return None if context is None else context - min(max_new_tokens, context // 2)
+        """Returns the most tokens of a prompt that leave room for an answer, see `prompt_limit`."""
+        return prompt_limit(self.model.context_length, max_new_tokens)
 
     def generate(self, prompts: Sequence[Prompt], **settings: object) -> list[str]:
         """Returns the text written for each prompt, in order.
@@ -248,6 +397,22 @@ class Engine:
         row = self._row(ids, GenerationConfig(**settings))  # type: ignore[arg-type]
         return Stream(row, self._run([row], cancelled))
 
+    def begin(
+        self, prompts: Sequence[Prompt], configs: Sequence[GenerationConfig], read_tokens: int | None = None
+    ) -> "Decoding":
+        """Returns the prompts' decoding, for whoever answers several things in turns; nothing is computed yet.
+
+        Args:
+            prompts: Computed together.
+            configs: Of each; without beam search.
+            read_tokens: Most prompt tokens of a decoder that one step reads; None for all.
+
+        Raises:
+            UserError: A prompt fills the model's context.
+        """
+        rows = [self._row(ids, config) for ids, config in zip(self._encode(prompts), configs, strict=True)]
+        return Decoding(self, rows, read_tokens)
+
     @torch.inference_mode()
     def score(
         self, prompts: Sequence[Prompt], continuations: Sequence[str], batch_tokens: int = BATCH_TOKENS
@@ -278,7 +443,7 @@ class Engine:
         encoded = iter(prompt_ids([p for p in prompts if isinstance(p, str)], self.tokenizer, self.style))
         return [next(encoded) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
 
-    def _row(self, prompt: list[int], config: GenerationConfig) -> _Row:
+    def _row(self, prompt: list[int], config: GenerationConfig) -> Row:
         limit, at_limit = config.max_new_tokens, "length"
         context = self.model.context_length
         if context is not None:
@@ -291,7 +456,7 @@ class Engine:
         joined = not self.model.is_encoder_decoder
         seen = prompt if joined else [self.model.config.decoder_start_token_id]
         text = Detokenizer(self.tokenizer, prompt if joined else ())
-        return _Row(prompt, config, limit, at_limit, seen, text, random.Random(config.seed))  # type: ignore[arg-type]
+        return Row(prompt, config, limit, at_limit, seen, text, random.Random(config.seed))  # type: ignore[arg-type]
 
     def _batches(self, prompts: list[list[int]], batch_tokens: int) -> Iterator[list[int]]:
         """Yields the indices of the prompts that are computed together, the longest first, groups side by side."""
@@ -310,14 +475,18 @@ class Engine:
             yield batch
 
     @torch.inference_mode()
-    def _run(self, rows: list[_Row], cancelled: Callable[[], bool] | None) -> Iterator[None]:
+    def _run(self, rows: list[Row], cancelled: Callable[[], bool] | None) -> Iterator[None]:
         """The rows are answered; yields after every step of the decoder."""
         training = self.model.training
         self.model.eval()
         try:
-            plain = [row for row in rows if row.config.num_beams == 1]
-            if plain:
-                yield from self._decode(plain, cancelled)
+            decoding = Decoding(self, [row for row in rows if row.config.num_beams == 1])
+            while not decoding.done:
+                decoding.step()
+                if cancelled is not None and cancelled():
+                    for row in decoding.rows:
+                        row.cancel()
+                yield
             for row in rows:
                 if row.config.num_beams > 1:
                     self._beams(row, cancelled)
@@ -325,73 +494,7 @@ class Engine:
         finally:
             self.model.train(training)
 
-    def _decode(self, rows: list[_Row], cancelled: Callable[[], bool] | None) -> Iterator[None]:
-        """Writes token by token, or draft by draft; rows that are done leave."""
-        drafted = max(row.config.prompt_lookup_num_tokens for row in rows)
-        cache, state = self._read([row.prompt for row in rows], max(row.limit for row in rows) + drafted)
-        for row, length in zip(rows, cache.lengths.tolist(), strict=True):
-            row.origin = length
-        step = self._step(cache, rows, drafted)
-        logits = self._logits(state)[:, None]  # (B, 1, V)
-        drafts: list[list[int]] = [[] for _ in rows]
-        while True:
-            tied = self._accept(rows, drafts, logits)
-            if cancelled is not None and cancelled():
-                for row in rows:
-                    row.finish = row.finish or "cancelled"
-            kept = [i for i, row in enumerate(rows) if row.finish is None]
-            yield
-            if not kept:
-                return
-            if logits.shape[1] > 1:  # of what was drafted, the cache keeps what was right
-                lengths = [row.origin + len(row.ids) - 1 for row in rows]
-                cache.cut(torch.tensor(lengths, device=self.device), max(lengths))
-            if len(kept) < len(rows):
-                rows = [rows[i] for i in kept]
-                cache.keep_rows(torch.tensor(kept, device=self.device))
-            drafts = [[] if tied else self._draft(row) for row in rows]
-            fed = [[row.ids[-1], *tokens] for row, tokens in zip(rows, drafts, strict=True)]
-            logits = step(self._padded(fed), cache)  # (B, n, V)
-
-    def _accept(self, rows: list[_Row], drafts: list[list[int]], logits: Tensor) -> bool:
-        """Each row writes the tokens of its draft that it would have written, and the one after; logits (B, n, V).
-
-        Returns whether a row stopped short of a choice too close to be made among several tokens, whose logits are
-        rounded otherwise than a single one's; the next step must have no drafts.
-        """
-        several = logits.shape[1] > 1
-        best = logits.max(-1)  # (B, n)
-        likeliest = best.indices.tolist()
-        log_probs = (best.values - logits.logsumexp(-1)).tolist()
-        close = _close(logits).tolist() if several else None
-        tied = False
-        for b, (row, tokens) in enumerate(zip(rows, drafts, strict=True)):
-            row.steps += 1
-            if not row.config.greedy:
-                token = choose(logits[b, 0], row.config, [*row.seen, *row.ids], row.rng)
-                row.write(token, float(logits[b, 0].log_softmax(-1)[token]), self.tokenizer.stop_ids)
-                continue
-            right = 0  # tokens of the draft
-            for place in range(len(tokens) + 1):
-                if close and close[b][place]:
-                    tied = True
-                    break
-                row.write(likeliest[b][place], log_probs[b][place], self.tokenizer.stop_ids)
-                if row.finish or place == len(tokens) or tokens[place] != likeliest[b][place]:
-                    break
-                right += 1
-            if tokens:  # who copied all copies on; who did not is not worth a long draft
-                row.drafts = 2 * len(tokens) if right == len(tokens) else max(1, right)
-        return tied
-
-    def _draft(self, row: _Row) -> list[int]:
-        number = min(row.config.prompt_lookup_num_tokens, row.drafts, row.limit - len(row.ids) - 1)
-        if number < 1 or not row.config.greedy:
-            return []
-        source = row.prompt if self.model.is_encoder_decoder else [*row.prompt, *row.ids]
-        return draft(source, row.ids, number)
-
-    def _beams(self, row: _Row, cancelled: Callable[[], bool] | None) -> None:
+    def _beams(self, row: Row, cancelled: Callable[[], bool] | None) -> None:
         cache, state = self._read([row.prompt], row.limit)
 
         def step(ids: Tensor, cache: Cache) -> Tensor:
@@ -406,13 +509,6 @@ class Engine:
             if not row.finish:
                 row.write(token, log_prob / len(ids), stops)
         row.finish = row.finish or "cancelled"
-
-    def _step(self, cache: Cache, rows: list[_Row], drafted: int) -> Callable[[Tensor, Cache], Tensor]:
-        """Returns what puts ids (B, n) into the cache and gives the logits (B, n, V) behind each."""
-        plain = lambda ids, cache: self._logits(self.model.decode(ids, cache))  # noqa: E731
-        if self.device.type == "cuda" and len(rows) == 1 and not drafted and self.hook is None:
-            return GraphedStep(plain, cache)  # one row waits for kernel launches more than for anything else
-        return plain
 
     def _logits(self, states: Tensor) -> Tensor:
         """Returns logits (..., V) of states (..., C), fp32 or wider, for the ids the tokenizer has.

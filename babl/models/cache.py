@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -85,3 +86,24 @@ class Cache:
         self.lengths = self.lengths[rows]
         self.cross = [(k[rows], v[rows]) for k, v in self.cross]
         self.cross_bias = None if self.cross_bias is None else self.cross_bias[rows]
+
+    def join(self, other: "Cache", room: int) -> None:
+        """The other's rows stand behind this one's; there is space for `room` positions, of which no row has more."""
+        if self.cross_bias is not None and other.cross_bias is not None:
+            source = max(self.cross_bias.shape[-1], other.cross_bias.shape[-1])
+            self.cross = [
+                (_stacked(k, other_k, source), _stacked(v, other_v, source))
+                for (k, v), (other_k, other_v) in zip(self.cross, other.cross, strict=True)
+            ]
+            hidden = torch.finfo(self.cross_bias.dtype).min
+            biases = (self.cross_bias, other.cross_bias)
+            self.cross_bias = torch.cat([F.pad(b, (0, source - b.shape[-1]), value=hidden) for b in biases])
+        self.keys = [_stacked(k, other_k, room) for k, other_k in zip(self.keys, other.keys, strict=True)]
+        self.values = [_stacked(v, other_v, room) for v, other_v in zip(self.values, other.values, strict=True)]
+        self.lengths = torch.cat((self.lengths, other.lengths))
+        self.reach = int(self.lengths.max())
+
+
+def _stacked(a: Tensor, b: Tensor, room: int) -> Tensor:
+    """Returns rows (A, H, S, D) and (B, H, T, D) as (A + B, H, room, D), cut or filled with zeros."""
+    return torch.cat([F.pad(x[:, :, :room], (0, 0, 0, max(0, room - x.shape[2]))) for x in (a, b)])

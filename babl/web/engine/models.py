@@ -1,0 +1,147 @@
+"""The model folders of this machine: which there are, what they would take, and one in memory."""
+
+import ctypes
+import gc
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from babl.errors import UserError, did_you_mean
+from babl.evaluation.predictions import file_hash
+from babl.generation import Engine
+from babl.models.weights import describe
+from babl.text.tokenizer import TOKENIZER_FILES
+from babl.web.engine.prepare import Reader
+from babl.web.engine.protocol import ModelState
+
+PATTERNS = ("*", "**/model-*", "**/checkpoints/latest")  # pulled or copied models, then what `demo` and `train` leave
+SPARE = 256 << 20  # bytes of memory to leave free
+DIGITS = 12  # of a sha256, to name weights and tokenizers by
+
+
+def find_models(folders: Sequence[Path]) -> dict[str, Path]:
+    """Returns the model folders by name: their path inside the folder searched; where two agree, the first one's."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for pattern in PATTERNS:
+            for path in sorted(folder.glob(pattern)):
+                name = path.relative_to(folder)
+                if (path / "config.json").is_file() and not any(part.startswith(".") for part in name.parts):
+                    found.setdefault(name.as_posix(), path)
+    return found
+
+
+def model_state(name: str, folder: Path, device: str, dtype: str) -> ModelState:
+    """Returns what is known of a folder without reading its weights; memory is what they take in the dtype."""
+    try:
+        known = describe(folder)
+    except UserError as error:
+        return ModelState(name, state="unusable", reason=str(error))
+    size = 4 if _dtype(device, dtype) == "float32" else 2  # bytes of a weight
+    state = ModelState(
+        name,
+        known["family"],
+        known["parameters"],
+        known["bytes"],
+        known["context"],
+        memory=known["parameters"] * size,
+        reason="" if known["tokenizer"] != "none" else f"{folder}: no tokenizer here",
+    )
+    return state if not state.reason else ModelState(name, state="unusable", reason=state.reason)
+
+
+def _dtype(device: str, dtype: str) -> str:
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device in ("auto", "cuda") and torch.cuda.is_available() else "float32"
+
+
+def folder_of(name: str, folders: Sequence[Path]) -> Path:
+    """Returns the folder of a model.
+
+    Raises:
+        UserError: There is none of this name.
+    """
+    found = find_models(folders)
+    if name not in found:
+        raise UserError(f"no model {name!r}{did_you_mean(name, found)}")
+    return found[name]
+
+
+def read_reader(name: str, folders: Sequence[Path]) -> Reader:
+    """Returns how a model reads.
+
+    Raises:
+        UserError: There is none of this name, or it is unusable.
+    """
+    folder = folder_of(name, folders)
+    known = describe(folder)
+    return Reader.of(folder, known["family"], known["context"])
+
+
+@dataclass
+class Loaded:
+    """A model in memory.
+
+    Attributes:
+        engine: Answers.
+        reader: Reads for it.
+        weights: Prefix of the sha256 of its weights.
+        tokenizer: Of its tokenizer.
+        memory: Bytes of its weights.
+    """
+
+    engine: Engine
+    reader: Reader
+    weights: str
+    tokenizer: str
+    memory: int
+
+
+def load_model(name: str, folders: Sequence[Path], device: str, dtype: str) -> Loaded:
+    """Returns the model, read into memory.
+
+    Raises:
+        UserError: There is none of this name, it is unusable, or the memory that is free is too small for it.
+    """
+    folder = folder_of(name, folders)
+    state = model_state(name, folder, device, dtype)
+    if state.state == "unusable":
+        raise UserError(state.reason)
+    free, needed = free_memory(device), state.memory + SPARE
+    if needed > free:
+        raise UserError(
+            f"{name} needs {needed >> 20:,} MiB of memory, but {free >> 20:,} MiB are free; unload another model"
+        )
+    reader = read_reader(name, folders)
+    weights, tokenizer = _hash(folder, [".safetensors"]), _hash(folder, TOKENIZER_FILES)
+    return Loaded(Engine.load(folder, device, dtype), reader, weights, tokenizer, state.memory)
+
+
+def free_memory(device: str) -> int:
+    """Returns the bytes that a model can take on the device."""
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available
+
+
+def _hash(folder: Path, endings: Sequence[str]) -> str:
+    """Returns the prefix of the sha256 of the files' sha256, or of the one file's own."""
+    skipped = ("optimizer", "trainer")  # a checkpoint keeps its trainer's files beside the model's
+    files = sorted(p for p in folder.iterdir() if p.name.endswith(tuple(endings)) and not p.name.startswith(skipped))
+    hashes = [file_hash(path) for path in files]
+    return (hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest())[:DIGITS]
+
+
+def give_back_memory() -> None:
+    """What is no longer used goes back to the system, as far as its allocators let it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,412 @@
+"""What the engine process does with requests: it queues them, answers those that are there together, and takes turns.
+
+Each model writes in two decodings, of questions and of the rest, which requests join at the boundaries of steps; the
+prompts of those who come are read apart, in parts that take a fraction of a second. One step of one decoding at a
+time: between any two of them a request may be cancelled, and another model has its turn.
+"""
+
+import asyncio
+import math
+import os
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from babl.errors import UserError
+from babl.generation.engine import Decoding, Row
+from babl.text.prompts import clean_answer
+from babl.web.engine import models
+from babl.web.engine.models import Loaded
+from babl.web.engine.prepare import Prepared, Reader, prepare
+from babl.web.engine.protocol import (
+    Counted,
+    Delta,
+    Done,
+    Event,
+    Failed,
+    Loading,
+    LoadState,
+    ModelState,
+    Queued,
+    Reading,
+    Request,
+    Stats,
+)
+from babl.web.engine.spans import locate
+from babl.web.engine.turns import Turns
+
+MOST_WAITING = 64  # requests in the queue
+MOST_RUNNING = 32  # requests being answered
+READ_TOKENS = (64, 2048)  # fewest and most prompt tokens of one step
+READ_SECONDS = 0.25  # what a step of reading should take
+
+
+@dataclass(eq=False)
+class Task:
+    """A request on its way."""
+
+    request: Request
+    position: int = -1  # in the queue, as last told
+    told_loading: bool = False
+    prepared: Prepared | None = None
+    rows: list[Row] = field(default_factory=list)
+    begun: float = 0.0
+
+    @property
+    def id(self) -> str:
+        """Of the request."""
+        return self.request.id
+
+    @property
+    def user(self) -> str:
+        """Whose request it is."""
+        return self.request.user
+
+
+class Desk:
+    """A model in memory, and those it answers."""
+
+    def __init__(self, loaded: Loaded):
+        self.loaded = loaded
+        self.tasks: list[Task] = []
+        self.reading: deque[Decoding] = deque()
+        self.writing: dict[bool, Decoding] = {}  # whether it drafts, as questions do -> those who write
+        self.read_tokens = READ_TOKENS[0]
+        self._turn = 0
+
+    def begin(self, tasks: list[Task]) -> None:
+        """The tasks' prompts are going to be read, those of like length together."""
+        waiting = []
+        for task in tasks:
+            assert task.prepared is not None
+            waiting += [(task, ids) for ids in task.prepared.prompts]
+        waiting.sort(key=lambda item: (_drafts(item[0]), len(item[1])))
+        batch: list[tuple[Task, list[int]]] = []
+        for item in waiting:
+            alike = not batch or _drafts(batch[0][0]) == _drafts(item[0])
+            if batch and not (alike and (len(batch) + 1) * len(item[1]) <= self.read_tokens):
+                self._read_together(batch)
+                batch = []
+            batch.append(item)
+        if batch:
+            self._read_together(batch)
+        self.tasks += tasks
+
+    def _read_together(self, batch: list[tuple[Task, list[int]]]) -> None:
+        configs = [task.prepared.config for task, _ in batch if task.prepared]
+        decoding = self.loaded.engine.begin([ids for _, ids in batch], configs, self.read_tokens)
+        for (task, _), row in zip(batch, decoding.rows, strict=True):
+            task.rows.append(row)
+        self.reading.append(decoding)
+
+    def step(self) -> None:
+        """One of the decodings has made a step; they take turns."""
+        # Some may be done by a cancel.
+        self.reading = deque(decoding for decoding in self.reading if not decoding.done)
+        self.writing = {drafts: decoding for drafts, decoding in self.writing.items() if not decoding.done}
+        turns = [*self.writing.values(), *list(self.reading)[:1]]
+        if not turns:
+            return
+        self._turn = (self._turn + 1) % len(turns)
+        decoding = turns[self._turn]
+        if decoding.read:
+            decoding.step()
+        else:
+            self._read(decoding)
+
+    def _read(self, decoding: Decoding) -> None:
+        started, rows = time.perf_counter(), decoding.rows
+        tokens = min(self.read_tokens, len(rows) * max(len(row.prompt) for row in rows))
+        decoding.step()
+        speed = tokens / (time.perf_counter() - started)
+        self.read_tokens = int(min(max(speed * READ_SECONDS, READ_TOKENS[0]), READ_TOKENS[1]))
+        if not decoding.read:
+            return
+        self.reading.popleft()
+        drafts = rows[0].config.prompt_lookup_num_tokens > 0
+        others = self.writing.get(drafts)
+        if others is None or others.done:
+            self.writing[drafts] = decoding
+        elif not decoding.done:
+            others.join(decoding)
+
+
+def _drafts(task: Task) -> bool:
+    return task.prepared is not None and task.prepared.config.prompt_lookup_num_tokens > 0
+
+
+class Scheduler:
+    """Answers requests with models from folders.
+
+    Args:
+        folders: Searched for models.
+        emit: Called with every event.
+        device: As of `Engine.load`.
+        dtype: Likewise.
+        most_waiting: Requests in the queue; more are refused as "busy".
+        most_running: Requests answered at once; one user has at most half of the places.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        emit: Callable[[Event], None],
+        device: str = "auto",
+        dtype: str = "auto",
+        most_waiting: int = MOST_WAITING,
+        most_running: int = MOST_RUNNING,
+    ):
+        self.folders, self.emit, self.device, self.dtype = folders, emit, device, dtype
+        self.most_waiting, self.most_running = most_waiting, most_running
+        self.steps = 0
+        self._waiting: Turns[Task] = Turns()
+        self._desks: dict[str, Desk] = {}  # the model whose turn is next comes first
+        self._loads: dict[str, asyncio.Task[str]] = {}
+        self._one_load = asyncio.Lock()
+        self._readers: dict[str, Reader] = {}
+        self._seconds = 1.0  # that an answer takes, lately
+        self._awake = asyncio.Event()
+
+    def submit(self, request: Request) -> None:
+        """The request is queued, or refused; one whose id is there already changes nothing."""
+        if any(task.id == request.id for task in (*self._waiting, *self._running())):
+            return
+        if len(self._waiting) >= self.most_waiting:
+            self.emit(busy(request.id, len(self._waiting), self._seconds))
+            return
+        self._waiting.add(Task(request))
+        self._tell_positions()
+        self._awake.set()
+
+    def cancel(self, id: str) -> None:
+        """The request ends with what is written; an unknown id changes nothing."""
+        waiting = self._waiting.remove(id)
+        if waiting is not None:
+            self.emit(Done(id, "", "cancelled"))
+            self._tell_positions()
+        for desk in self._desks.values():
+            for task in list(desk.tasks):
+                if task.id == id:
+                    for row in task.rows:
+                        row.cancel()
+                    self._report(desk)
+
+    def cancel_all(self) -> None:
+        """Every request has ended."""
+        for task in (*self._waiting, *self._running()):
+            self.cancel(task.id)
+
+    async def count(self, request: Request) -> Counted:
+        """Returns what the request would take.
+
+        Raises:
+            UserError: Its model is unusable, or it cannot be answered.
+        """
+        return prepare(request, await self._reader(request.model)).counted()
+
+    async def models(self) -> list[ModelState]:
+        """Returns every model and its state."""
+        found = await asyncio.to_thread(models.find_models, self.folders)
+        states = []
+        for name, folder in found.items():
+            state = await asyncio.to_thread(models.model_state, name, folder, self.device, self.dtype)
+            if name in self._desks:
+                state = _with(state, "loaded", self._desks[name].loaded.memory)
+            elif name in self._loads:
+                state = _with(state, "loading", state.memory)
+            states.append(state)
+        gone = [name for name in self._desks if name not in found]
+        return states + [ModelState(name, state="loaded", memory=self._desks[name].loaded.memory) for name in gone]
+
+    async def load(self, model: str) -> None:
+        """The model is in memory.
+
+        Raises:
+            UserError: It is unusable, or the free memory is too small.
+        """
+        reason = "" if model in self._desks else await asyncio.shield(self._load(model))
+        if reason:
+            raise UserError(reason)
+
+    async def unload(self, model: str) -> None:
+        """The model is not in memory.
+
+        Raises:
+            UserError: It is being loaded, or is answering.
+        """
+        if model in self._loads:
+            raise UserError(f"{model} is being loaded; unload it afterwards")
+        if model in self._desks and self._desks[model].tasks:
+            raise UserError(f"{model} is writing {len(self._desks[model].tasks)} answers; stop them first")
+        self._desks.pop(model, None)
+        self._readers.pop(model, None)
+        models.give_back_memory()
+
+    async def stats(self) -> Stats:
+        """Returns how the process is."""
+        rss = psutil.Process().memory_info().rss
+        return Stats(len(self._waiting), len(self._running()), self.steps, rss, os.getpid())
+
+    async def run(self, drained: Callable[[], Awaitable[None]]) -> None:
+        """Works, for ever; between steps `drained` is awaited, so that they wait for who does not keep up."""
+        while True:
+            self._admit()
+            if not self._step():
+                self._awake.clear()
+                await self._awake.wait()
+            await drained()
+            # The first pass of the event loop reads what has come, such as a cancel; in the second it has been done.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+    def _step(self) -> bool:
+        """Returns whether there was anything to do; if so, one step of one decoding is made."""
+        name = next((name for name, desk in self._desks.items() if desk.tasks), None)
+        if name is None:
+            return False
+        desk = self._desks[name] = self._desks.pop(name)  # the other models come first, next time
+        self.steps += 1
+        try:
+            desk.step()
+        except Exception as error:  # whatever it is, the other models' answers go on
+            traceback.print_exc(file=sys.stderr)
+            for task in desk.tasks:
+                self.emit(Failed(task.id, "engine", f"{name} broke down ({type(error).__name__})"))
+            self._desks[name] = Desk(desk.loaded)
+            return True
+        self._report(desk)
+        return True
+
+    def _admit(self) -> None:
+        """Those whose turn it is, and whose model is in memory, are going to be read."""
+        admitted: dict[str, list[Task]] = {}
+        running = self._running()
+        while len(running) < self.most_running:
+            task = self._waiting.take(lambda task: self._may_go(task, running))
+            if task is None:
+                break
+            try:
+                task.prepared = prepare(task.request, self._desks[task.request.model].loaded.reader)
+                task.prepared.check()
+            except UserError as error:
+                self.emit(Failed(task.id, "prompt", str(error)))
+                continue
+            task.begun = time.monotonic()
+            running.append(task)
+            admitted.setdefault(task.request.model, []).append(task)
+            prepared = task.prepared
+            self.emit(Reading(task.id, prepared.tokens, len(prepared.prompts), prepared.cut_tokens))
+        for name, tasks in admitted.items():
+            self._desks[name].begin(tasks)
+        absent = next((task for task in self._waiting if task.request.model not in self._desks), None)
+        if absent is not None and not self._loads:
+            self._load(absent.request.model)
+        for task in self._waiting:
+            if task.request.model in self._loads and not task.told_loading:
+                task.told_loading = True
+                self.emit(Loading(task.id, task.request.model))
+        self._tell_positions()
+
+    def _may_go(self, task: Task, running: list[Task]) -> bool:
+        others = sum(other.user == task.user for other in running)
+        return task.request.model in self._desks and others < max(1, self.most_running // 2)
+
+    def _running(self) -> list[Task]:
+        return [task for desk in self._desks.values() for task in desk.tasks]
+
+    def _tell_positions(self) -> None:
+        for position, task in enumerate(self._waiting):
+            if position != task.position:
+                task.position = position
+                self.emit(Queued(task.id, position))
+
+    def _load(self, model: str) -> asyncio.Task[str]:
+        """Returns what reads the model into memory, and gives the reason where it cannot."""
+        if model not in self._loads:
+            self._loads[model] = asyncio.create_task(self._loading(model))
+        return self._loads[model]
+
+    async def _loading(self, model: str) -> str:
+        reason = ""
+        try:
+            async with self._one_load:  # the memory that is free is compared with what one model needs
+                loaded = await asyncio.to_thread(models.load_model, model, self.folders, self.device, self.dtype)
+            self._desks[model] = Desk(loaded)
+        except UserError as error:
+            reason = str(error)
+        except Exception as error:  # such as memory that ran out after all
+            traceback.print_exc(file=sys.stderr)
+            reason = f"{model} cannot be loaded ({type(error).__name__})"
+        finally:
+            del self._loads[model]
+            self._awake.set()
+        if reason:
+            for task in [task for task in self._waiting if task.request.model == model]:
+                self._waiting.remove(task.id)
+                self.emit(Failed(task.id, "model", reason))
+            self._tell_positions()
+        return reason
+
+    async def _reader(self, model: str) -> Reader:
+        if model in self._desks:
+            return self._desks[model].loaded.reader
+        if model not in self._readers:
+            self._readers[model] = await asyncio.to_thread(models.read_reader, model, self.folders)
+        return self._readers[model]
+
+    def _report(self, desk: Desk) -> None:
+        """What is new in the desk's answers is told; those that are whole have left it."""
+        for task in list(desk.tasks):
+            assert task.prepared is not None
+            question = bool(task.prepared.windows)
+            whole = all(row.finish for row in task.rows)
+            piece = "" if question else task.rows[0].piece()
+            done = _done(task, desk.loaded) if whole else None
+            if done is not None and question:
+                piece = done.text
+            if piece:
+                self.emit(Delta(task.id, piece))
+            if done is not None:
+                desk.tasks.remove(task)
+                self._seconds += (done.seconds - self._seconds) / 8
+                self.emit(done)
+
+
+def _done(task: Task, loaded: Loaded) -> Done:
+    """Returns the answer; of a question's windows, the likeliest one's."""
+    prepared = task.prepared
+    assert prepared is not None
+    answers = [row.answer() for row in task.rows]
+    best = max(range(len(answers)), key=lambda i: answers[i].log_prob)
+    answer, text, window = answers[best], answers[best].text, None
+    finish = "cancelled" if any(a.finish == "cancelled" for a in answers) else answer.finish
+    if prepared.windows:
+        text, window = "" if finish == "cancelled" else clean_answer(text), prepared.windows[best]
+    return Done(
+        task.id,
+        text,
+        finish,
+        len(answer.ids),
+        answer.log_prob,
+        math.exp(answer.log_prob),
+        None if prepared.context is None else locate(text, prepared.context, window),
+        time.monotonic() - task.begun,
+        loaded.weights,
+        loaded.tokenizer,
+    )
+
+
+def busy(id: str, waiting: int, seconds: float) -> Failed:
+    """Returns the refusal of a request because `waiting` others are there; answers take `seconds`."""
+    return Failed(id, "busy", f"{waiting} requests are waiting already; ask again later", max(1.0, math.ceil(seconds)))
+
+
+def _with(state: ModelState, now: LoadState, memory: int) -> ModelState:
+    return msgspec.structs.replace(state, state=now, memory=memory)

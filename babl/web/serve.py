@@ -83,14 +83,14 @@ def serve(place: Place) -> int:
         from babl.web.chat.database import write
         from babl.web.chat.hub import hub
         from babl.web.chat.services import local_user
-        from babl.web.engine.client import EngineClient
+        from babl.web.engine.client import DEFAULT_FOLDERS, EngineClient
 
         host = f"[{place.host}]" if ":" in place.host else place.host
         link.address = f"http://{host}:{listening.getsockname()[1]}"
 
         async def open_hub() -> None:
             await write(local_user)
-            await hub.open(EngineClient(settings.BABL_MODELS))
+            await hub.open(EngineClient(settings.BABL_MODELS or DEFAULT_FOLDERS, scripted=settings.BABL_SCRIPTED))
 
         class Server(uvicorn.Server):
             """Tells open streams that it ends; they would keep it waiting."""

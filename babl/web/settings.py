@@ -3,6 +3,7 @@
 BABL_DATA       folder of the database and the secret key; default `BABL_HOME`, else ~/.babl
 BABL_MODELS     folders of models, separated by `os.pathsep`; default the engine's own choice
 BABL_AUTH       `local` (one user, let in by the link `babl serve` prints) or `login` (names and passwords)
+BABL_SCRIPTED   1: no model answers, but what `babl.web.engine.scripted` reads in the questions; for tests
 DATABASE_URL    another database than the embedded one: postgres://user@host/name
 SECRET_KEY      signs sessions; default one made once and kept in the data folder
 ALLOWED_HOSTS   names the server answers to, separated by commas; default the loopback ones
@@ -18,6 +19,7 @@ import dj_database_url
 BABL_DATA = Path(os.environ.get("BABL_DATA") or os.environ.get("BABL_HOME") or Path.home() / ".babl")
 BABL_MODELS = [Path(each) for each in os.environ.get("BABL_MODELS", "").split(os.pathsep) if each]
 BABL_AUTH = os.environ.get("BABL_AUTH", "local")
+BABL_SCRIPTED = os.environ.get("BABL_SCRIPTED") == "1"
 
 
 def _secret_key() -> str:

@@ -25,6 +25,7 @@ from babl.errors import UserError
 from babl.web.chat import access
 from babl.web.chat.endpoint import Handler, Refusal, refused
 from babl.web.chat.hub import hub
+from babl.web.engine.client import EngineError
 from babl.web.engine.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -130,6 +131,8 @@ def endpoint(**handlers: Handler) -> Any:
             return _error(Refusal(400, "invalid", str(error)))
         except Refusal as error:
             return _error(error)
+        except EngineError as error:
+            return _error(refused(error.failed))
         return found if isinstance(found, HttpResponseBase) else JsonResponse(found)
 
     return functools.update_wrapper(view, next(iter(handlers.values())), updated=())
@@ -369,8 +372,8 @@ async def ready(request: HttpRequest) -> JsonResponse:
     try:
         await hub.engine.stats()
         facts["engine"] = True
-    except Exception as error:  # whatever it is, the engine did not answer
-        log.warning("the engine does not answer (%s)", type(error).__name__)
+    except EngineError as error:
+        log.warning("the engine does not answer (%s)", error)
     return JsonResponse(facts, status=200 if all(facts.values()) else 503)
 
 

@@ -12,7 +12,8 @@ from django.db import DatabaseError
 from django.http import HttpRequest, HttpResponse, HttpResponseBase, JsonResponse
 
 from babl.errors import UserError
-from babl.web.chat.services import Conflict
+from babl.web.chat.services import Conflict, without_nul
+from babl.web.engine.client import EngineError
 from babl.web.engine.protocol import Failed
 
 P = ParamSpec("P")
@@ -81,6 +82,8 @@ def _refusal(error: Exception) -> Refusal:
     match error:
         case Refusal():
             return error
+        case EngineError():
+            return refused(error.failed)
         case ObjectDoesNotExist():
             return Refusal(404, "unknown", "there is no such thing")
         case Conflict():
@@ -105,7 +108,7 @@ def body(request: HttpRequest, kind: type[S]) -> S:
     """
     if len(request.body) > MOST_BODY:
         raise Refusal(413, "too_long", f"the request has {len(request.body)} bytes, expected at most {MOST_BODY}")
-    return msgspec.json.decode(request.body or b"{}", type=kind)
+    return msgspec.json.decode(without_nul(request.body) or b"{}", type=kind)
 
 
 async def read(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

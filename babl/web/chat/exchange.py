@@ -6,7 +6,8 @@ this user, for another one made of both; so nobody sees or changes what is anoth
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID, uuid5
@@ -123,8 +124,7 @@ def export(user: Any, conversations: Sequence[Conversation] | None = None) -> by
     rows, used = [], set()
     for each in shown:
         messages = []
-        # Ids sort by time, so a parent stands before its children.
-        for message in each.messages.select_related("generation", "feedback").order_by("id"):
+        for message in _parents_first(each):
             row = _columns(message, MessageRow) | {"parent": message.parent_id, "passage": message.passage_id}
             if how := getattr(message, "generation", None):
                 row["generation"] = _columns(how, GenerationRow)
@@ -148,6 +148,17 @@ def export(user: Any, conversations: Sequence[Conversation] | None = None) -> by
     return json.dumps(data, ensure_ascii=False, indent=1, default=_plain).encode()
 
 
+def _parents_first(of: Conversation) -> Iterator[Message]:
+    children: dict[UUID | None, list[Message]] = defaultdict(list)
+    for message in of.messages.select_related("generation", "feedback").order_by("created", "id"):
+        children[message.parent_id].append(message)
+    waiting = children[None][::-1]
+    while waiting:
+        message = waiting.pop()
+        yield message
+        waiting += children[message.id][::-1]
+
+
 def _plain(value: Any) -> Any:
     """Returns what JSON has no word for."""
     if isinstance(value, datetime):
@@ -168,7 +179,7 @@ def import_(user: Any, data: bytes) -> dict[str, int]:
         UserError: It is not such a file.
     """
     try:
-        file = msgspec.json.decode(data.replace(b"\\u0000", b""), type=File)
+        file = msgspec.json.decode(services.without_nul(data), type=File)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UserError(f"not a file of conversations: {error}") from None
     new = {"conversations": 0, "messages": 0, "passages": 0}

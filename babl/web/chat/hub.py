@@ -22,7 +22,7 @@ from babl.web.chat import selectors, services
 from babl.web.chat.database import write
 from babl.web.chat.metrics import ANSWERS, FIRST_TEXT, TOKENS, UNSAVED
 from babl.web.chat.models import Question, Run, RunAnswer, Status
-from babl.web.engine.client import EngineClient
+from babl.web.engine.client import EngineClient, EngineError
 from babl.web.engine.protocol import Delta, Done, Event, Failed, Loading, QARequest, Queued, Reading, Request, Settings
 
 SAVE_SECONDS = 0.5
@@ -137,11 +137,19 @@ class Hub:
         """What an earlier process left unfinished is marked; from now on, questions are taken."""
         self.engine = engine
         left = await write(services.interrupt_all)
+        await write(services.tidy)
         if left:
             log.warning("%d answers of an earlier process are marked interrupted", left)
-        await engine.start()
         self._open = True
         self._spawn(self._save_now_and_then())
+        self._spawn(self._start())
+
+    async def _start(self) -> None:
+        """The engine is ready, or the log says why not; questions wait for it, or are told."""
+        try:
+            await self.engine.start()
+        except EngineError as error:
+            log.error("%s", error)
 
     def end(self) -> None:
         """No question is taken any more, and every stream is told to come again."""

@@ -4,6 +4,7 @@ All keys are UUIDs that sort by time, so that exports keep them and lists need n
 """
 
 import os
+import threading
 import time
 import uuid
 from typing import ClassVar
@@ -13,13 +14,18 @@ from django.db import models
 from django.db.models import Q
 from django.utils import timezone
 
+_lock = threading.Lock()
+_last = 0
+
 
 def uuid7() -> uuid.UUID:
-    """Returns a new UUID that is greater than those made in an earlier millisecond. Ref: RFC 9562, section 5.7."""
-    value = time.time_ns() // 1_000_000 << 80 | int.from_bytes(os.urandom(10), "big")
-    value = value & ~(0xF << 76) | 0x7 << 76
-    value = value & ~(0x3 << 62) | 0x2 << 62
-    return uuid.UUID(int=value)
+    """Returns a new UUID, greater than those this process has made before. Ref: RFC 9562, sections 5.7 and 6.2."""
+    global _last
+    with _lock:
+        _last = max(time.time_ns() * 4096 // 1_000_000, _last + 1)  # milliseconds, and 12 bits of their fraction
+        moment = _last
+    drawn = int.from_bytes(os.urandom(8), "big") >> 2
+    return uuid.UUID(int=moment >> 12 << 80 | 0x7 << 76 | (moment & 0xFFF) << 64 | 0x2 << 62 | drawn)
 
 
 class Passage(models.Model):

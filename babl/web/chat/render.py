@@ -1,4 +1,4 @@
-"""Markdown to HTML that is safe to show, whoever wrote it."""
+"""What pages show: Markdown as HTML that is safe whoever wrote it, and places in texts as browsers count them."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -93,3 +93,12 @@ def render(markdown: str) -> str:
         url_schemes={"http", "https", "mailto"},
         link_rel="noopener noreferrer nofollow",
     )
+
+
+def span_json(text: str, start: int | None, end: int | None) -> dict[str, int] | None:
+    """Returns a place in a text, in code points (Python) and in UTF-16 units (JavaScript)."""
+    if start is None or end is None:
+        return None
+    start16 = len(text[:start].encode("utf-16-le")) // 2
+    end16 = start16 + len(text[start:end].encode("utf-16-le")) // 2
+    return {"start": start, "end": end, "start16": start16, "end16": end16}

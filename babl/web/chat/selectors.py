@@ -25,7 +25,7 @@ from babl.web.chat.models import (
     Run,
     Status,
 )
-from babl.web.chat.render import render
+from babl.web.chat.render import render, span_json
 from babl.web.engine.protocol import ChatRequest, CompletionRequest, QARequest, Request, Settings
 from babl.web.engine.protocol import Message as Turn
 
@@ -124,7 +124,9 @@ def path(leaf: UUID | None, limit: int | None = None) -> list[Message]:
 def newest_leaf(message: Message) -> UUID:
     """Returns the end of the branch that was last gone on with below this message."""
     id = message.id
-    while child := Message.objects.filter(parent_id=id).order_by("-id").values_list("id", flat=True).first():
+    while (
+        child := Message.objects.filter(parent_id=id).order_by("-created", "-id").values_list("id", flat=True).first()
+    ):
         id = child
     return id
 
@@ -151,13 +153,13 @@ def thread(user: Any, id: UUID, before: UUID | None = None, limit: int = PAGE) -
     if None in parents:
         same_parent |= Q(parent__isnull=True)
     siblings: dict[UUID | None, list[tuple[UUID, UUID | None]]] = defaultdict(list)
-    rows = Message.objects.filter(same_parent, conversation=shown).order_by("id")
+    rows = Message.objects.filter(same_parent, conversation=shown).order_by("created", "id")
     for parent, sibling, comparison in rows.values_list("parent_id", "id", "generation__comparison"):
         siblings[parent].append((sibling, comparison))
     beside: dict[UUID, list[Message]] = defaultdict(list)
     comparisons = {m.generation.comparison for m in messages if m.role == Message.Role.ASSISTANT} - {None}
     columns = Message.objects.filter(conversation=shown, generation__comparison__in=comparisons)
-    for column in columns.select_related("generation", "feedback", "parent__passage").order_by("id"):
+    for column in columns.select_related("generation", "feedback", "parent__passage").order_by("created", "id"):
         beside[column.generation.comparison].append(column)
     found = []
     for m in messages:
@@ -234,15 +236,6 @@ def generation_json(how: Generation) -> dict[str, Any]:
         if done and question and question.golds is not None
         else None,
     }
-
-
-def span_json(text: str, start: int | None, end: int | None) -> dict[str, int] | None:
-    """Returns a place in a text, in code points (Python) and in UTF-16 units (JavaScript)."""
-    if start is None or end is None:
-        return None
-    start16 = len(text[:start].encode("utf-16-le")) // 2
-    end16 = start16 + len(text[start:end].encode("utf-16-le")) // 2
-    return {"start": start, "end": end, "start16": start16, "end16": end16}
 
 
 def score(answer: str, golds: Sequence[str]) -> dict[str, float]:
@@ -364,7 +357,7 @@ def search(user: Any, query: str, limit: int = LIST) -> list[dict[str, Any]]:
         each.id: conversation_json(each) | {"message": None, "excerpt": each.title}
         for each in in_title.order_by("-updated")[:limit]
     }
-    for hit in _matches(user, words).order_by("-id")[: 4 * limit]:
+    for hit in _matches(user, words).order_by("-created", "-id")[: 4 * limit]:
         if hit.conversation_id not in found and len(found) < limit:
             facts = {"message": str(hit.id), "excerpt": excerpt(hit.content, words)}
             found[hit.conversation_id] = conversation_json(hit.conversation) | facts
@@ -383,7 +376,7 @@ def _matches(user: Any, words: Sequence[str]) -> QuerySet[Message]:
         cursor.execute(
             "SELECT r.message_id FROM chat_search s JOIN chat_search_row r ON r.row = s.rowid"
             " JOIN chat_message m ON m.id = r.message_id JOIN chat_conversation c ON c.id = m.conversation_id"
-            " WHERE chat_search MATCH %s AND c.owner_id = %s AND c.deleted IS NULL ORDER BY r.message_id DESC LIMIT %s",
+            " WHERE chat_search MATCH %s AND c.owner_id = %s AND c.deleted IS NULL ORDER BY r.row DESC LIMIT %s",
             [query, user.pk, 4 * LIST],
         )
         return mine.filter(id__in=[row[0] for row in cursor.fetchall()])

@@ -1,15 +1,18 @@
 """Every write. Each function is one transaction and runs on the writer's thread (`database.write`)."""
 
 import hashlib
+import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal
 from uuid import UUID
 
 import msgspec
 from django.conf import settings
 from django.contrib.auth import get_user_model
+from django.contrib.sessions.backends.db import SessionStore
 from django.db import transaction
 from django.db.models import Model
 from django.utils import timezone
@@ -34,6 +37,7 @@ from babl.web.engine.protocol import Request, Settings
 
 TITLE = 60  # characters of a title made of the first question
 COLUMNS = 8  # answers to one question at once
+TRASH_DAYS = 30
 LOCAL = "local"  # the user of a server without login
 
 
@@ -109,6 +113,11 @@ def _text(name: str, value: str, most: int, least: int = 0) -> str:
     return value
 
 
+def without_nul(data: bytes) -> bytes:
+    """Returns JSON without the escape of NUL, which PostgreSQL cannot store; an escaped backslash is none of it."""
+    return re.sub(rb"(?<!\\)((?:\\\\)*)\\u0000", rb"\1", data)
+
+
 def _touch(conversation: Conversation, *fields: str) -> None:
     conversation.updated = timezone.now()
     conversation.save(update_fields=[*fields, "updated"])
@@ -174,11 +183,10 @@ def purge_conversation(user: Any, id: UUID) -> None:
 
 
 @transaction.atomic
-def purge_trash(before: Any) -> int:
-    """Returns how many conversations that were in the trash since before that time are now gone for good."""
-    old = list(Conversation.objects.filter(deleted__lt=before))
-    _purge(old)
-    return len(old)
+def tidy() -> None:
+    """What was in the trash for `TRASH_DAYS`, and sessions that have expired, are gone for good."""
+    _purge(list(Conversation.objects.filter(deleted__lt=timezone.now() - timedelta(days=TRASH_DAYS))))
+    SessionStore.clear_expired()
 
 
 def _purge(conversations: Sequence[Conversation]) -> None:
@@ -212,7 +220,7 @@ def ask(user: Any, id: UUID, body: Ask) -> Asked:
     conversation = selectors.conversation(user, id)
     there = conversation.messages.select_related("passage").filter(client_id=body.client_id).first()
     if there is not None:
-        return Asked(there, list(there.children.select_related("generation").order_by("id")), [])
+        return Asked(there, list(there.children.select_related("generation").order_by("created", "id")), [])
     if body.parent is not None:
         parent = conversation.messages.filter(id=body.parent, role=Message.Role.ASSISTANT)
         parent = parent.select_related("generation").first()

@@ -1,11 +1,11 @@
 """SQuAD files in (question sets) and out (what users said was right)."""
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from django.db import transaction
 
 from babl.data.squad import Answer, Example, parse_squad
@@ -26,8 +26,8 @@ def import_question_set(user: Any, name: str, data: bytes) -> QuestionSet:
     if there:
         return there
     try:
-        tree = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        tree = msgspec.json.decode(services.without_nul(data))
+    except (msgspec.DecodeError, RecursionError) as error:
         raise UserError(f"{name}: malformed JSON ({error})") from None
     examples = parse_squad(tree, name)
     new = QuestionSet.objects.create(owner=user, name=name[:200], sha256=sha256)

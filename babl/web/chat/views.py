@@ -399,7 +399,7 @@ async def count(request: HttpRequest) -> Any:
         draft.passage,
         draft.settings,
     )
-    return msgspec.to_builtins(await hub.engine.count(engine_request))
+    return msgspec.structs.asdict(await hub.engine.count(engine_request))
 
 
 # Passages
@@ -454,7 +454,7 @@ async def unload(request: HttpRequest) -> dict[str, Any]:
 
 async def status(request: HttpRequest) -> dict[str, Any]:
     """Whether all is well."""
-    return {"saved": hub.saved, "engine": msgspec.to_builtins(await hub.engine.stats())}
+    return {"saved": hub.saved, "engine": msgspec.structs.asdict(await hub.engine.stats())}
 
 
 # Question sets

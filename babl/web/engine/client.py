@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -141,7 +141,7 @@ class EngineClient:
             self._supervisor = None
         self._fail_all("the engine was stopped", sent_only=False)
 
-    def submit(self, request: Request) -> AsyncIterator[Event]:
+    def submit(self, request: Request) -> AsyncGenerator[Event, None]:
         """Returns the events of the request, which is on its way now; the last one is `Done` or `Failed`.
 
         Leaving the iteration before that, by `aclose`, cancels the request.
@@ -233,7 +233,7 @@ class EngineClient:
         assert isinstance(result, kind)
         return result
 
-    async def _events(self, stream: _Stream) -> AsyncIterator[Event]:
+    async def _events(self, stream: _Stream) -> AsyncGenerator[Event, None]:
         last = False
         try:
             while not last:

@@ -152,8 +152,8 @@ class EngineClient:
         if request.id in self._streams:
             raise ValueError(f"request {request.id} is being answered already")
         stream = self._streams[request.id] = _Stream(request)
-        if self._hopeless:
-            self._end(Failed(request.id, "engine", self._hopeless))
+        if self._hopeless or self._supervisor is None:
+            self._end(Failed(request.id, "engine", self._hopeless or "the engine is not started"))
         elif self.pid is not None and not self._replacing:
             self._send(stream)
         elif sum(not stream.sent for stream in self._streams.values()) > MOST_HELD:
@@ -336,7 +336,7 @@ class EngineClient:
             await asyncio.wait([self._started, lost], timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if not self._started.done():
                 return False
-            await lost
+            await asyncio.wait([lost])  # unlike `await lost`, this can be cancelled without cancelling the loss
             return True
         finally:
             connecting.cancel()

@@ -257,8 +257,7 @@ class Scheduler:
     async def run(self, drained: Callable[[], Awaitable[None]]) -> None:
         """Works, for ever; between steps `drained` is awaited, so that they wait for who does not keep up."""
         while True:
-            self._admit()
-            if not self._step():
+            if not self.turn():
                 self._awake.clear()
                 await self._awake.wait()
             await drained()
@@ -266,8 +265,9 @@ class Scheduler:
             await asyncio.sleep(0)
             await asyncio.sleep(0)
 
-    def _step(self) -> bool:
+    def turn(self) -> bool:
         """Returns whether there was anything to do; if so, one step of one decoding is made."""
+        self._admit()
         name = next((name for name, desk in self._desks.items() if desk.tasks), None)
         if name is None:
             return False

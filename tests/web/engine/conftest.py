@@ -13,7 +13,8 @@ from babl.models.build import ModelConfig, build_model
 from babl.models.weights import save_pretrained
 from babl.text import train_tokenizer
 from babl.web.engine.client import EngineClient
-from babl.web.engine.protocol import ChatRequest, CompletionRequest, Done, Failed, Message, QARequest, Settings
+from babl.web.engine.protocol import ChatRequest, CompletionRequest, Delta, Done, Failed, Message, QARequest, Settings
+from babl.web.engine.scheduler import Scheduler
 
 WORDS = "the small fox reads a long book about old rivers and the town where nobody asks who answers what"
 SHAPES = {
@@ -65,23 +66,44 @@ def engines(folder):
 numbers = itertools.count()
 
 
-def chat(model, *contents, context=None, user="", system=None, **settings):
-    roles = itertools.cycle(("user", "assistant"))
-    messages = [Message(role, content) for role, content in zip(roles, contents, strict=False)]
-    messages = ([Message("system", system)] if system else []) + messages
-    return ChatRequest(f"r{next(numbers)}", model, messages, Settings(**settings), context, user)
+@pytest.fixture(scope="session")
+def chat():
+    def make(model, *contents, context=None, user="", system=None, **settings):
+        roles = itertools.cycle(("user", "assistant"))
+        messages = [Message(role, content) for role, content in zip(roles, contents, strict=False)]
+        messages = ([Message("system", system)] if system else []) + messages
+        return ChatRequest(f"r{next(numbers)}", model, messages, Settings(**settings), context, user)
+
+    return make
 
 
-def complete(model, prompt, user="", **settings):
-    return CompletionRequest(f"r{next(numbers)}", model, prompt, Settings(**settings), user)
+@pytest.fixture(scope="session")
+def complete():
+    def make(model, prompt, user="", **settings):
+        return CompletionRequest(f"r{next(numbers)}", model, prompt, Settings(**settings), user)
+
+    return make
 
 
-def ask(model, question, context=None, user="", **settings):
-    return QARequest(f"r{next(numbers)}", model, question, context, Settings(**settings), user)
+@pytest.fixture(scope="session")
+def ask():
+    def make(model, question, context=None, user="", **settings):
+        return QARequest(f"r{next(numbers)}", model, question, context, Settings(**settings), user)
+
+    return make
 
 
-async def events_of(client, request):
-    return [event async for event in client.submit(request)]
+@pytest.fixture(scope="session")
+def answer(loop):
+    """A function: the events of requests that are sent to a client together, one list for each."""
+
+    async def events(client, request):
+        return [event async for event in client.submit(request)]
+
+    async def together(client, requests):
+        return await asyncio.gather(*(events(client, request) for request in requests))
+
+    return lambda client, *requests: loop.run(together(client, requests))
 
 
 @pytest.fixture(scope="session")
@@ -118,14 +140,55 @@ def client(loop, folder):
     loop.run(client.stop())
 
 
-def text_of(events):
-    """Returns the last event, which is `Done` and whose text is that of the pieces before it."""
-    done = events[-1]
-    assert isinstance(done, Done), done
-    assert "".join(event.text for event in events if type(event).__name__ == "Delta") == done.text
-    return done
+class Hand:
+    """Turns a scheduler by hand, and keeps its events."""
+
+    def __init__(self, folder, **options):
+        self.events = {}
+        self.order = []
+        self.scheduler = Scheduler([folder], self._emit, "cpu", **options)
+
+    def _emit(self, event):
+        self.order.append(event)
+        self.events.setdefault(event.id, []).append(event)
+
+    def submit(self, *requests):
+        for request in requests:
+            self.scheduler.submit(request)
+        return [request.id for request in requests]
+
+    def endless(self, model):
+        """The model never writes its end."""
+        engine = self.scheduler._desks[model].loaded.engine
+        engine.hook = lambda logits: logits.index_fill(-1, torch.tensor([engine.tokenizer.eos_id]), -1e9)
+
+    def turn(self, times=1):
+        for _ in range(times):
+            self.scheduler.turn()
+
+    async def finish(self, *ids):
+        while not all(isinstance(self.events[id][-1], Done | Failed) for id in ids):
+            if not self.scheduler.turn():
+                await asyncio.sleep(0.002)
+
+    def kinds(self, id):
+        return [type(event).__name__ for event in self.events[id]]
+
+    def last(self, id):
+        return self.events[id][-1]
+
+    def text(self, id):
+        return "".join(event.text for event in self.events[id] if isinstance(event, Delta))
 
 
-def failure_of(events):
-    assert isinstance(events[-1], Failed), events[-1]
-    return events[-1]
+@pytest.fixture
+def hand(loop, folder):
+    """A function that gives a scheduler with these models in memory."""
+
+    def make(*models, **options):
+        made = Hand(folder, **options)
+        for model in models:
+            loop.run(made.scheduler.load(model))
+        return made
+
+    return make

@@ -1,0 +1,279 @@
+"""Real engine processes: their answers, their ends, and what of them is left."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from babl.generation import GenerationConfig
+from babl.models.build import ModelConfig, build_model
+from babl.models.weights import save_pretrained
+from babl.text import train_tokenizer
+from babl.web.engine import client as client_module
+from babl.web.engine.client import EngineClient, EngineError
+from babl.web.engine.line import Line
+from babl.web.engine.protocol import Cancel, Delta, Done, Failed, FromEngine, Loading, Queued, Reading, Ready, Settings
+
+FAMILIES = ("t5", "llama", "bloom")
+PARENT = """
+import asyncio, sys
+from babl.web.engine.client import EngineClient
+
+async def main():
+    client = EngineClient(scripted=True)
+    await client.start()
+    print(client.pid, flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def wait_until(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def gone(pid):
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+async def until(stream, kind):
+    async for event in stream:
+        if isinstance(event, kind):
+            return event
+    raise AssertionError(f"no {kind.__name__} came")
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_answers_through_the_process_are_the_engines(client, engines, answer, complete, chat, model):
+    drawn = {"max_new_tokens": 10, "temperature": 1.1, "seed": 4}
+    requests = [complete(model, "the small fox", **drawn), chat(model, "nobody asks", max_new_tokens=10)]
+    first, second = answer(client, *requests)
+    (expected,) = engines[model].answer([requests[0].prompt], GenerationConfig(**drawn))
+    assert (first[-1].text, first[-1].tokens, first[-1].finish) == (expected.text, len(expected.ids), expected.finish)
+    for events in (first, second):
+        pieces = [event for event in events if isinstance(event, Delta)]
+        assert "".join(piece.text for piece in pieces) == events[-1].text
+        kinds = [type(event) for event in events if not isinstance(event, Delta)]
+        assert kinds in ([Queued, Reading, Done], [Queued, Loading, Reading, Done])
+    again = answer(client, requests[0])[0][-1], answer(client, requests[1])[0][-1]
+    assert [done.text for done in again] == [first[-1].text, second[-1].text], "together as alone"
+
+
+def test_models_are_listed_loaded_counted_and_refused(client, loop, chat, ask):
+    states = {state.name: state for state in loop.run(client.models())}
+    assert states["llama"].context == 256 and states["odd"].state == "unusable"
+    loop.run(client.load("talks"))
+    assert {s.name: s.state for s in loop.run(client.models())}["talks"] == "loaded"
+    counted = loop.run(client.count(ask("bloom", "who reads?", "the fox reads. " * 200)))
+    assert counted.windows > 1 and counted.cut_tokens == 0
+    for call, code, message in (
+        (client.load("odd"), "model", "model_type is 'gpt2'"),
+        (client.count(chat("bloom", "x", top_k=-1)), "prompt", "top_k is -1"),
+    ):
+        with pytest.raises(EngineError, match=message) as error:
+            loop.run(call)
+        assert error.value.code == code
+
+
+def test_an_idle_process_uses_no_processor(client, loop):
+    process = psutil.Process(client.pid)
+    before = sum(process.cpu_times()[:2])
+    loop.run(asyncio.sleep(0.6))
+    assert sum(process.cpu_times()[:2]) - before <= 0.03
+    stats = loop.run(client.stats())
+    assert (stats.waiting, stats.running, stats.pid) == (0, 0, client.pid)
+
+
+def test_leaving_an_answer_or_cancelling_it_ends_it(client, loop, chat):
+    async def leave():
+        request = chat("bloom", "the fox", max_new_tokens=4000, temperature=2.0)
+        stream = client.submit(request)
+        with pytest.raises(ValueError, match="is being answered already"):
+            client.submit(request)
+        await until(stream, Delta)
+        await stream.aclose()
+        while (await client.stats()).running:
+            await asyncio.sleep(0.01)
+        stream = client.submit(chat("bloom", "the fox", max_new_tokens=4000, temperature=2.0))
+        await until(stream, Delta)
+        steps = (await client.stats()).steps
+        await client.cancel((await anext(stream)).id)
+        done = await until(stream, Done)
+        assert done.finish == "cancelled" and (await client.stats()).steps - steps < 40
+        await client.cancel("nobody")
+
+    loop.run(leave())
+
+
+def test_a_slow_reader_gets_all_the_text_in_few_pieces(client, loop, chat):
+    async def read():
+        stream = client.submit(chat("bloom", "the fox", max_new_tokens=200, temperature=2.0, seed=3))
+        while (await client.stats()).running == 0 or (await client.stats()).running:
+            await asyncio.sleep(0.01)
+        return [event async for event in stream]
+
+    events = loop.run(read())
+    pieces = [event.text for event in events if isinstance(event, Delta)]
+    assert len(pieces) == 1 and pieces[0] == events[-1].text
+
+
+def test_a_killed_process_costs_its_answers_and_the_next_ones_work(started, loop, folder, chat, complete, answer):
+    client = started(folder)
+    pid = client.pid
+
+    async def kill():
+        streams = [client.submit(chat("bloom", "the fox", max_new_tokens=4000, temperature=2.0)) for _ in range(2)]
+        await asyncio.gather(*(until(stream, Delta) for stream in streams))
+        call = asyncio.create_task(client.load("t5"))
+        await asyncio.sleep(0)
+        os.kill(pid, signal.SIGKILL)
+        failures = [await until(stream, Failed) for stream in streams]
+        with pytest.raises(EngineError, match="broke down"):
+            await call
+        held = [client.submit(complete("bloom", "the fox", max_new_tokens=3)) for _ in range(2)]
+        await client.cancel(list(client._streams)[1])
+        return failures, await until(held[0], Done), await until(held[1], Done)
+
+    failures, answered, cancelled = loop.run(kill())
+    assert {(failed.code, failed.message) for failed in failures} == {
+        ("engine", "the engine broke down while it was answering, and is started again")
+    }
+    assert answered.tokens == 3 and cancelled.finish == "cancelled"
+    assert client.restarts == 1 and client.pid != pid and gone(pid)
+
+
+def test_unloading_the_last_model_gives_all_memory_back(started, loop, tmp_path, complete, answer):
+    for name in ("one", "two"):
+        train_tokenizer(["the small fox"], 300, tmp_path / name)
+        shape = {"hidden_size": 512, "n_layer": 8, "n_head": 8}
+        model, _ = build_model(ModelConfig("", "bloom", shape, str(tmp_path / name)), tmp_path / name, 0)
+        save_pretrained(model, tmp_path / name)
+    client = started(tmp_path)
+    before, pid = loop.run(client.stats()).rss, client.pid
+    answer(client, complete("one", "fox", max_new_tokens=2), complete("two", "fox", max_new_tokens=2))
+    loaded = loop.run(client.stats()).rss
+    assert loaded > before + 2 * (80 << 20)
+    loop.run(client.unload("one"))
+    half = loop.run(client.stats())
+    assert half.pid == pid and half.rss < loaded - (70 << 20)
+    loop.run(client.unload("two"))
+    after = loop.run(client.stats())
+    print(f"rss in MiB: {before >> 20} before, {loaded >> 20} loaded, {half.rss >> 20} half, {after.rss >> 20} after")
+    assert abs(after.rss - before) <= 0.05 * before
+    assert after.pid != pid and client.restarts == 0
+    assert answer(client, complete("one", "fox", max_new_tokens=2))[0][-1].tokens == 2
+
+
+def test_the_process_ends_when_its_parent_is_gone():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    try:
+        pid = int(parent.stdout.readline())
+        assert not gone(pid)
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_until(lambda: gone(pid))
+
+
+@pytest.fixture
+def process(loop, tmp_path):
+    """A scripted engine process at a socket of the test: its line, the messages it sends, and the process."""
+    messages, lines = asyncio.Queue(), asyncio.Queue()
+
+    async def start():
+        def line():
+            return Line(FromEngine, messages.put_nowait, lambda error: messages.put_nowait(None), lines.put_nowait)
+
+        server = await asyncio.get_running_loop().create_unix_server(line, str(tmp_path / "socket"))
+        command = [sys.executable, "-m", "babl.web.engine.process", "--socket", str(tmp_path / "socket"), "--scripted"]
+        started = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+        assert isinstance(await messages.get(), Ready)
+        return server, await lines.get(), started
+
+    server, line, started = loop.run(start())
+    yield line, messages, started
+    if started.returncode is None:
+        started.kill()
+    loop.run(started.wait())
+    server.close()
+
+
+def test_sigterm_cancels_all_answers_and_ends_the_process(process, loop, chat):
+    line, messages, started = process
+
+    async def terminate():
+        requests = [chat("scripted", "tokens=1000 delay=0.01 a b") for _ in range(40)]
+        for request in requests:
+            line.send(request)
+        while not isinstance(await messages.get(), Delta):
+            pass
+        started.terminate()
+        ends = {}
+        while (message := await messages.get()) is not None:
+            if isinstance(message, Done):
+                ends[message.id] = message.finish
+        assert ends == {request.id: "cancelled" for request in requests}
+        return await started.wait()
+
+    assert loop.run(terminate()) == 0
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", b"\0\0\0\x02\xc1\xc1", b"\0\0\0\0"])
+def test_a_process_that_is_sent_no_message_says_so_and_ends(process, loop, data):
+    line, messages, started = process
+
+    async def send():
+        line._transport.write(data)
+        assert await messages.get() is None
+        return await started.wait(), (await started.stderr.read()).decode()
+
+    status, said = loop.run(send())
+    assert status == 1 and said.startswith("babl engine: a frame") and "Traceback" not in said
+
+
+def test_a_cancel_of_an_unknown_request_changes_nothing(process, loop, chat):
+    line, messages, _ = process
+
+    async def send():
+        line.send(Cancel("nobody"))
+        line.send(chat("scripted", "tokens=1 delay=0 a"))
+        while not isinstance(message := await messages.get(), Done):
+            pass
+        return message.text
+
+    assert loop.run(send()) == "a"
+
+
+def test_an_engine_that_cannot_be_started_keeps_nobody_waiting(loop, monkeypatch, chat, answer):
+    monkeypatch.setattr(client_module, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    client = EngineClient(scripted=True)
+    with pytest.raises(EngineError, match="the engine cannot be started"):
+        loop.run(client.start())
+    (events,) = answer(client, chat("scripted", "x"))
+    assert [(event.code, "cannot be started" in event.message) for event in events] == [("engine", True)]
+    monkeypatch.undo()
+    loop.run(asyncio.sleep(0.3))  # it is tried again all the time
+    assert answer(client, chat("scripted", "tokens=1 a"))[0][-1] != events[0]
+    loop.run(client.stop())
+    (events,) = answer(client, chat("scripted", "x"))
+    assert (events[-1].code, events[-1].message) == ("engine", "the engine is not started")
+
+
+def test_a_request_too_long_for_a_frame_is_refused(client, answer, complete, monkeypatch):
+    monkeypatch.setattr("babl.web.engine.protocol.MOST_FRAME", 1000)
+    (events,) = answer(client, complete("bloom", "x" * 2000))
+    assert events[-1].code == "prompt" and "expected at most 1000" in events[-1].message
+    assert Settings().max_new_tokens == 256

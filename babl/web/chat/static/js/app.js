@@ -109,7 +109,7 @@ async function open(id, message = null, push = true) {
     sidebar.render();
     await showPassage();
     if (message) point(message);
-    else $("scroll").scrollTop = $("scroll").scrollHeight;
+    else transcript.toEnd();
   } catch (error) {
     if (error.status === 404) leave();
     fail(error);
@@ -137,6 +137,7 @@ function point(message) {
   const shown = state.messages.find((each) => each.id === message || each.columns?.some((column) => column.id === message));
   const element = shown && $(`m-${shown.id}`);
   if (!element) return;
+  transcript.atEnd = false;
   element.scrollIntoView({ block: "center" });
   element.focus({ preventScroll: true });
 }
@@ -218,7 +219,7 @@ async function took(id) {
   composer.draft.conversation = id;
   dispatch({ type: "snapshot", snapshot });
   follow();
-  $("scroll").scrollTop = $("scroll").scrollHeight;
+  transcript.toEnd();
   others.postMessage(id);
   await showPassage();
   await sidebar.refresh();

@@ -6,7 +6,7 @@ import { passage, store } from "./passages.js";
 import { newId, plural } from "./text.js";
 
 const $ = (id) => document.getElementById(id);
-const BLANK = { content: "", passage: null, golds: null, models: [], both: false, comparing: false, kind: "", edits: null, parent: undefined };
+const BLANK = { content: "", passage: null, golds: null, models: [], both: false, comparing: false, choosing: false, kind: "", edits: null, parent: undefined };
 const key = (conversation) => `babl:draft:${conversation ?? "new"}`;
 
 export class Composer {
@@ -92,7 +92,7 @@ export class Composer {
     $("gold-none").checked = draft.golds?.length === 0;
     $("gold").disabled = $("gold-none").checked;
     this.#open("gold-row", "right", draft.golds !== null);
-    this.#open("compare-row", "compare", draft.comparing);
+    this.#open("compare-row", "compare", draft.comparing && draft.choosing);
     $("compare-context").checked = draft.both;
     this.renderModels();
     this.#chips();
@@ -121,7 +121,7 @@ export class Composer {
   }
 
   toggleCompare(open = $("compare-row").hidden) {
-    this.draft.comparing = open;
+    this.draft.comparing = this.draft.choosing = open;
     if (open && !this.draft.models.length) {
       this.draft.both = true;
       this.draft.models = [this.acts.models().name].filter(Boolean);
@@ -146,6 +146,11 @@ export class Composer {
     const chips = [];
     if (draft.edits) {
       chips.push(h("span", { class: "chip" }, icon("edit"), h("span", { text: "Asked anew beside the old question" }), iconButton("close", "Do not edit", () => this.cancelEdit())));
+    }
+    if (draft.comparing && !draft.choosing) {
+      const text = `${draft.models.join(", ")}${draft.both ? ", with and without the passage" : ""}`;
+      chips.push(h("span", { class: "chip" }, icon("columns"), h("button", { type: "button", class: "link", text, title: "Side by side", onclick: () => this.toggleCompare(true) }),
+        iconButton("close", "Do not compare", () => this.toggleCompare(false))));
     }
     if (draft.passage) {
       const name = h("span", { text: "Passage", dir: "auto" });

@@ -23,18 +23,28 @@ export class Transcript {
   constructor(log, frame, acts) {
     [this.log, this.frame, this.acts] = [log, frame, acts];
     this.shown = new Map(); // id -> {message, live, element}
+    this.atEnd = true;
     log.replaceChildren();
+    frame.addEventListener("scroll", () => (this.atEnd = frame.scrollHeight - frame.scrollTop - frame.clientHeight < 80));
+    const follow = new ResizeObserver(() => this.atEnd && this.toEnd());
+    follow.observe(log);
+    follow.observe(frame);
+  }
+
+  /** The end is in sight, and stays so while it grows. */
+  toEnd() {
+    this.atEnd = true;
+    this.frame.scrollTop = this.frame.scrollHeight;
   }
 
   /** The page shows this state. */
   render(state) {
     const { frame } = this;
-    const atEnd = frame.scrollHeight - frame.scrollTop - frame.clientHeight < 80;
     const wanted = new Set(state.messages.map((message) => message.id));
     for (const [id, { element }] of this.shown) {
       if (!wanted.has(id)) element.remove(), this.shown.delete(id);
     }
-    const grown = !this.shown.has(state.messages[0]?.id) && this.shown.size > 0 && !atEnd;
+    const grown = !this.shown.has(state.messages[0]?.id) && this.shown.size > 0 && !this.atEnd;
     const heightBefore = frame.scrollHeight;
     let last = null;
     state.messages.forEach((message, i) => {
@@ -57,7 +67,7 @@ export class Transcript {
       last = element;
     });
     if (grown) frame.scrollTop += frame.scrollHeight - heightBefore;
-    else if (atEnd) frame.scrollTop = frame.scrollHeight;
+    else if (this.atEnd) this.toEnd();
   }
 
   /** Returns whether all that is new are words at the end of answers being written; they are then shown. */
@@ -203,7 +213,8 @@ export class Transcript {
   #scores(part) {
     if (!part.scores) return null;
     const { exact, f1 } = part.scores;
-    return h("p", { class: "scores" }, h("abbr", { title: "Exact match", text: "EM" }), ` ${score(exact)}  `, "F1 ", score(f1));
+    return h("p", { class: "scores" },
+      h("span", {}, h("abbr", { title: "Exact match", text: "EM" }), ` ${score(exact)}`), " ", h("span", {}, h("abbr", { title: "Overlap of words", text: "F1" }), ` ${score(f1)}`));
   }
 
   #facts(part) {

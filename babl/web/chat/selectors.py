@@ -358,9 +358,12 @@ def search(user: Any, query: str, limit: int = LIST) -> list[dict[str, Any]]:
         for each in in_title.order_by("-updated")[:limit]
     }
     for hit in _matches(user, words).order_by("-created", "-id")[: 4 * limit]:
-        if hit.conversation_id not in found and len(found) < limit:
-            facts = {"message": str(hit.id), "excerpt": excerpt(hit.content, words)}
+        there = found.get(hit.conversation_id)
+        facts = {"message": str(hit.id), "excerpt": excerpt(hit.content, words)}
+        if there is None and len(found) < limit:
             found[hit.conversation_id] = conversation_json(hit.conversation) | facts
+        elif there is not None and there["message"] is None:
+            there |= facts
     return list(found.values())
 
 

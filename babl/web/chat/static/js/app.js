@@ -222,6 +222,7 @@ async function took(id) {
   transcript.toEnd();
   others.postMessage(id);
   await showPassage();
+  await settled();
   await sidebar.refresh();
 }
 
@@ -328,18 +329,19 @@ const composer = new Composer({
 const stream = new Stream(
   (kind, data) => {
     dispatch({ type: kind, ...data });
-    if (kind === "done") ended(data.message);
+    if (kind !== "done") return;
+    others.postMessage(state.conversation?.id);
+    settled();
   },
   () => refresh(),
 );
 
-async function ended(message) {
-  if (!find(state, message.id)) return;
-  if (!Object.keys(state.live).length) {
-    others.postMessage(state.conversation.id);
-    await showPassage();
-  }
-  if (models.all.find((model) => model.name === message.model)?.state !== "loaded") await models.refresh().catch(() => {});
+/** All answers have ended: the passage shows the last one, and the models may have been loaded for them. */
+async function settled() {
+  if (Object.keys(state.live).length) return;
+  await showPassage();
+  const asked = new Set([...answers(state)].slice(-8).map((answer) => answer.model));
+  if (models.all.some((model) => asked.has(model.name) && model.state !== "loaded")) await models.refresh().catch(() => {});
 }
 
 $("new").addEventListener("click", (event) => {

@@ -7,7 +7,7 @@ import { plural, score, signed, when } from "./text.js";
 const $ = (id) => document.getElementById(id);
 const LIVE = ["queued", "running"];
 const ENDS = { stopped: "stopped", interrupted: "interrupted", error: "broke off" };
-const picked = new Map(); // set -> {a, b}: runs to compare
+const picked = new Map(); // set -> {a?, b?}: runs to compare, where the user has chosen; else the last two
 const differences = new Map(); // set -> what they differ in
 let sets = [];
 let models = [];
@@ -66,11 +66,10 @@ function card(set) {
 }
 
 function runs(set) {
-  const pair = picked.get(set.id) ?? { b: set.runs[0]?.id, a: set.runs[1]?.id };
-  picked.set(set.id, pair);
+  const pair = { b: set.runs[0]?.id, a: set.runs[1]?.id, ...picked.get(set.id) };
   const radio = (run, side) => h("td", {}, h("input", {
     type: "radio", name: `${side}-${set.id}`, checked: pair[side] === run.id, "aria-label": `${side === "a" ? "Before" : "After"}: ${name(run)}`,
-    onchange: () => (pair[side] = run.id), "data-focus": `${side}-${run.id}`,
+    onchange: () => picked.set(set.id, { ...picked.get(set.id), [side]: run.id }) && (pair[side] = run.id), "data-focus": `${side}-${run.id}`,
   }));
   const compare = async () => {
     const found = await attempt(call("GET", `/api/sets/${set.id}/difference?a=${pair.a}&b=${pair.b}`));

@@ -96,8 +96,8 @@ export class Sidebar {
     };
     const title = row.title || "New conversation";
     const link = h("a", { href: `/c/${row.id}/`, "aria-current": current ? "page" : null, onclick: open },
-      h("span", { text: title, dir: "auto" }),
-      row.excerpt && row.message ? h("small", { dir: "auto" }, ...marked(row.excerpt, this.query)) : h("small", {}, h("time", { datetime: row.updated, text: when(row.updated) })));
+      h("span", { dir: "auto" }, ...(this.query ? marked(title, this.query) : [title])),
+      row.excerpt && row.message && row.excerpt !== title ? h("small", { dir: "auto" }, ...marked(row.excerpt, this.query)) : h("small", {}, h("time", { datetime: row.updated, text: when(row.updated) })));
     const button = iconButton("more", `What to do with ${title}`, () => menu(button, this.items(row)), { "aria-haspopup": "menu", "aria-expanded": "false" });
     return h("li", {}, link, button);
   }

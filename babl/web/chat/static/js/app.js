@@ -217,13 +217,13 @@ async function took(id) {
   const snapshot = await call("GET", `/api/conversations/${id}`);
   composer.conversation = id;
   composer.draft.conversation = id;
+  sending = false; // the next question may follow at once
   dispatch({ type: "snapshot", snapshot });
   follow();
   transcript.toEnd();
   others.postMessage(id);
-  await showPassage();
-  await settled();
-  await sidebar.refresh();
+  showPassage().then(settled);
+  sidebar.refresh();
 }
 
 const acts = {

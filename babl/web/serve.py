@@ -3,8 +3,10 @@
 import fcntl
 import ipaddress
 import os
+import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -49,7 +51,7 @@ def prepare(place: Place) -> Path:
     import django
     from django.conf import settings
     from django.core.management import call_command
-    from django.db import DatabaseError, connections
+    from django.db import DatabaseError, connection, connections
 
     try:
         folder = Path(settings.BABL_DATA)
@@ -57,6 +59,9 @@ def prepare(place: Place) -> Path:
         raise UserError(f"--data: {place.data or 'the data folder'} cannot be written ({error.strerror})") from None
     django.setup()
     try:
+        if connection.vendor == "postgresql":  # once, by itself: a pool would go on trying
+            with connection.wrap_database_errors:
+                connection.Database.connect(**connection.get_connection_params()).close()
         call_command("migrate", verbosity=0, interactive=False)
     except DatabaseError as error:
         raise UserError(f"the database cannot be used: {str(error).strip().splitlines()[0]}") from None
@@ -94,6 +99,13 @@ def serve(place: Place) -> int:
 
         class Server(uvicorn.Server):
             """Tells open streams that it ends; they would keep it waiting."""
+
+            @contextmanager
+            def capture_signals(self) -> Iterator[None]:  # uvicorn's would end the process by the signal, afterwards
+                before = {each: signal.signal(each, self.handle_exit) for each in (signal.SIGINT, signal.SIGTERM)}
+                yield
+                for each, handler in before.items():
+                    signal.signal(each, handler)
 
             def handle_exit(self, sig: int, frame: FrameType | None) -> None:
                 super().handle_exit(sig, frame)
@@ -154,14 +166,16 @@ def _check_address(host: str) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port < 2**16:
+        raise UserError(f"--port is {port}, expected 0 to 65535")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family)
+        # Only of a socket that names TCP does asyncio turn off Nagle's algorithm, which holds text back for 40 ms.
+        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"--port: {host}:{port} cannot be listened at ({reason}); choose another one") from None
+    except OSError as error:
+        raise UserError(f"--port: {host}:{port} cannot be listened at ({error.strerror}); choose another one") from None
     return listening
 
 

@@ -7,6 +7,10 @@ BABL_SCRIPTED   1: no model answers, but what `babl.web.engine.scripted` reads i
 DATABASE_URL    another database than the embedded one: postgres://user@host/name
 SECRET_KEY      signs sessions; default one made once and kept in the data folder
 ALLOWED_HOSTS   names the server answers to, separated by commas; default the loopback ones
+
+Behind a proxy that speaks HTTPS, BABL_HTTPS=1 keeps cookies off plain HTTP, BABL_TRUSTED_PROXIES names the addresses
+whose X-Forwarded-For is believed, and CSRF_TRUSTED_ORIGINS the origins of the pages, such as https://babl.example.org.
+BABL_QUESTIONS_PER_MINUTE limits each user (60).
 """
 
 import os

@@ -87,7 +87,7 @@ class Server:
 
     def __init__(self, data: Path, environment: dict[str, str]):
         self.data, self.environment = data, environment
-        self.log = data / "test.log"
+        self.log = data.with_suffix(".log")
         self.data.mkdir(exist_ok=True)
         self.address = ""
         self.process: subprocess.Popen | None = None

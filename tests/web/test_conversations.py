@@ -14,7 +14,8 @@ def test_a_conversation_is_named_archived_thrown_away_and_taken_back(me):
     path = f"/api/conversations/{id}"
     assert "Whales and boats" in titles(me)
     assert me.call("PATCH", path, json={"title": "Only whales"})["title"] == "Only whales"
-    me.call("PATCH", path, json={"archived": True})
+    both = me.call("PATCH", path, json={"archived": True, "title": "Only whales"})
+    assert both["archived"]
     assert "Only whales" in titles(me, kind="archived") and "Only whales" not in titles(me)
     me.call("PATCH", path, json={"archived": False, "deleted": True})
     assert "Only whales" in titles(me, kind="trash") and "Only whales" not in titles(me)

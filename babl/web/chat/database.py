@@ -30,12 +30,16 @@ async def write(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
 
 
 def _on_connection(function: Callable[[], T]) -> T:
-    connection.close_if_unusable_or_obsolete()  # a server may have hung up since the last call
+    connection.close_if_unusable_or_obsolete()  # a server may have hung up in the last call
     return function()
 
 
 @receiver(connection_created)
-def _let_the_writer_checkpoint(connection: Any, **_: Any) -> None:
-    if connection.vendor == "sqlite" and threading.current_thread().name.startswith(NAME):
+def _keep_the_writers(connection: Any, **_: Any) -> None:
+    """The writer's connection stays open, and is the one that moves SQLite's journal into the database."""
+    if not threading.current_thread().name.startswith(NAME):
+        return
+    connection.close_at = None
+    if connection.vendor == "sqlite":
         with connection.cursor() as cursor:
             cursor.execute(f"PRAGMA wal_autocheckpoint={PAGES}")

@@ -7,7 +7,7 @@ this user, for another one made of both; so nobody sees or changes what is anoth
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID, uuid5
@@ -188,44 +188,42 @@ def import_(user: Any, data: bytes) -> dict[str, int]:
         passages[row.id], created = _passage(user, row)
         new["passages"] += created
     for conversation_row in file.conversations:
-        _conversation(user, conversation_row, passages, new)
+        created, messages = _conversation(user, conversation_row, passages)
+        new["conversations"] += created
+        new["messages"] += messages
     return new
 
 
-def _own(user: Any, kind: type[Conversation] | type[Message], id: UUID, **mine: Any) -> UUID:
-    """Returns the id, or the one that stands for it where it is another's."""
-    taken = kind.objects.filter(id=id).exclude(**mine).exists()
-    return uuid5(id, f"of user {user.pk}, in {sorted(map(str, mine.values()))}") if taken else id
+def _standing_for(user: Any, id: UUID) -> UUID:
+    """Returns the id that stands for one that is another's."""
+    return uuid5(id, f"of user {user.pk}")
 
 
 def _passage(user: Any, row: PassageRow) -> tuple[Passage, bool]:
-    sha256 = hashlib.sha256(row.text.encode()).hexdigest()
-    there = Passage.objects.filter(owner=user, sha256=sha256).first()
-    if there:
+    """Returns the user's passage of that text, and whether it is new."""
+    there = Passage.objects.filter(owner=user, sha256=hashlib.sha256(row.text.encode()).hexdigest()).first()
+    if there is not None:
         return there, False
-    added = services.add_passage(user, row.text, row.title)
+    id = _standing_for(user, row.id) if Passage.objects.filter(id=row.id).exists() else row.id
+    added = services.add_passage(user, row.text, row.title, id=id, created=row.created)
     return added, True
 
 
-def _conversation(user: Any, row: ConversationRow, passages: dict[UUID, Passage], new: dict[str, int]) -> None:
-    """The conversation of the file is there, and counted where it is new."""
-    id = _own(user, Conversation, row.id, owner=user)
+def _conversation(user: Any, row: ConversationRow, passages: Mapping[UUID, Passage]) -> tuple[bool, int]:
+    """Returns whether the conversation is new, and how many of its messages are; all of it is there now."""
+    taken = Conversation.objects.filter(id=row.id).exclude(owner=user).exists()
+    id = _standing_for(user, row.id) if taken else row.id
     facts = {name: getattr(row, name) for name in ("model", "settings", "created", "updated", "archived", "deleted")}
-    facts |= {"title": row.title[:200], "system_prompt": row.system_prompt}
-    facts["passage"] = _in(passages, row.passage)
+    facts |= {"title": row.title[:200], "system_prompt": row.system_prompt, "passage": _in(passages, row.passage)}
     conversation, created = Conversation.objects.get_or_create(id=id, defaults=facts | {"owner": user})
-    new["conversations"] += created
-    newer = not created and row.updated > conversation.updated
-    ids: dict[UUID, UUID] = {}
-    for message in row.messages:
-        ids[message.id] = _own(user, Message, message.id, conversation=conversation)
-        new["messages"] += _message(conversation, message, ids, passages)
-    if created or newer:
+    ids, new = _messages(user, conversation, row.messages, passages)
+    if created or row.updated > conversation.updated:
         leaf = None if row.leaf is None else ids.get(row.leaf)
         Conversation.objects.filter(id=id).update(**facts, leaf_id=leaf)
+    return created, new
 
 
-def _in(passages: dict[UUID, Passage], id: UUID | None) -> Passage | None:
+def _in(passages: Mapping[UUID, Passage], id: UUID | None) -> Passage | None:
     if id is None:
         return None
     if id not in passages:
@@ -233,26 +231,60 @@ def _in(passages: dict[UUID, Passage], id: UUID | None) -> Passage | None:
     return passages[id]
 
 
-def _message(conversation: Conversation, row: MessageRow, ids: dict[UUID, UUID], passages: dict[UUID, Passage]) -> bool:
-    """Returns whether the message is new; it is there now."""
-    if row.parent is not None and row.parent not in ids:
+def _messages(
+    user: Any, conversation: Conversation, rows: Sequence[MessageRow], passages: Mapping[UUID, Passage]
+) -> tuple[dict[UUID, UUID], int]:
+    """Returns the ids that the file's stand for, and how many messages are new; all of them are there now."""
+    there = Message.objects.only("conversation_id", "client_id").in_bulk([row.id for row in rows])
+    foreign = {id for id, message in there.items() if message.conversation_id != conversation.id}
+    ids = {row.id: _standing_for(user, row.id) if row.id in foreign else row.id for row in rows}
+    known = dict(conversation.messages.values_list("id", "client_id"))
+    client_ids = set(known.values())
+    messages: dict[UUID, Message] = {}
+    generations, feedback = [], []
+    before: set[UUID] = set()
+    for row in rows:
+        _check(row, before)
+        before.add(row.id)
+        id, passage = ids[row.id], _in(passages, row.passage)
+        if row.feedback is not None and row.role == Message.Role.ASSISTANT:
+            feedback.append((id, row.feedback))
+        if id in known:
+            continue
+        facts = {"role": row.role, "content": row.content, "created": row.created, "golds": row.golds}
+        facts |= {"parent_id": None if row.parent is None else ids[row.parent], "passage": passage}
+        facts["client_id"] = None if row.client_id in client_ids else row.client_id
+        client_ids.add(row.client_id)
+        messages[id] = Message(id=id, conversation=conversation, **facts)
+        if row.generation is not None:
+            generations.append(Generation(message=messages[id], **msgspec.structs.asdict(row.generation)))
+    Message.objects.bulk_create(messages.values())
+    Generation.objects.bulk_create(generations)
+    _feedback(feedback)
+    return ids, len(messages)
+
+
+def _check(row: MessageRow, before: Set[UUID]) -> None:
+    """The message has its place in the tree.
+
+    Raises:
+        UserError: It has none.
+    """
+    if row.id in before:
+        raise UserError(f"message {row.id} stands twice in its conversation")
+    if row.parent is not None and row.parent not in before:
         raise UserError(f"message {row.id}: its parent {row.parent} does not stand before it")
-    if (row.role == "assistant") != (row.generation is not None) or (row.role == "assistant" and row.parent is None):
+    answers = row.role == Message.Role.ASSISTANT
+    if answers != (row.generation is not None) or (answers and row.parent is None):
         raise UserError(f"message {row.id}: an answer has a question before it and says how it came about")
-    parent = None if row.parent is None else ids[row.parent]
-    facts = {"role": row.role, "content": row.content, "created": row.created, "golds": row.golds}
-    facts |= {"conversation": conversation, "parent_id": parent, "passage": _in(passages, row.passage)}
-    free = not conversation.messages.filter(client_id=row.client_id).exclude(id=ids[row.id]).exists()
-    facts["client_id"] = row.client_id if free else None
-    message, created = Message.objects.get_or_create(id=ids[row.id], defaults=facts)
-    if created and row.generation is not None:
-        Generation.objects.create(message=message, **msgspec.structs.asdict(row.generation))
-    if row.feedback is not None and row.role == "assistant":
-        there = Feedback.objects.filter(message=message).first()
-        if there is None or row.feedback.updated > there.updated:
-            defaults = msgspec.structs.asdict(row.feedback)
-            Feedback.objects.update_or_create(message=message, defaults=defaults)
-    return created
+
+
+def _feedback(rows: Sequence[tuple[UUID, FeedbackRow]]) -> None:
+    """Each judgement that is newer than what is there is there now."""
+    there = Feedback.objects.in_bulk([id for id, _ in rows])
+    for id, row in rows:
+        if id not in there or row.updated > there[id].updated:
+            Feedback.objects.update_or_create(message_id=id, defaults=msgspec.structs.asdict(row))
 
 
 def markdown(shown: Conversation) -> str:

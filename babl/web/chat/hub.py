@@ -41,7 +41,6 @@ class Running:
         text: Written so far.
         state: What a status line tells: status, and position, prompt_tokens, windows, cut_tokens where known.
         saved: Whether the last attempt to store it went well.
-        done: Whether it has ended and is stored.
         failure: Why the engine gave no answer.
         watchers: Set when anything here changes.
     """
@@ -50,10 +49,10 @@ class Running:
     text: str = ""
     state: dict[str, Any] = field(default_factory=lambda: {"status": str(Status.QUEUED)})
     saved: bool = True
-    done: bool = False
     failure: Failed | None = None
     watchers: set[asyncio.Event] = field(default_factory=set)
     heard: asyncio.Event = field(default_factory=asyncio.Event)  # the engine has said something
+    over: asyncio.Event = field(default_factory=asyncio.Event)  # it has ended and is stored
     facts: dict[str, Any] = field(default_factory=dict)  # columns of Generation
     changed: bool = False  # since it was last saved
     begun: float = field(default_factory=time.monotonic)
@@ -198,11 +197,18 @@ class Hub:
         return running
 
     async def refusal(self, begun: Sequence[Running]) -> Failed | None:
-        """Returns that the engine has no room for one of these, as soon as it has spoken of all of them."""
-        waits = [running.heard.wait() for running in begun]
+        """Returns that the engine has no room for one of these, as soon as it has spoken of all of them.
+
+        That they were refused is then stored.
+        """
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.gather(*waits), FIRST_WORD_SECONDS)
-        return next((r.failure for r in begun if r.failure and r.failure.code == "busy"), None)
+            async with asyncio.timeout(FIRST_WORD_SECONDS):
+                for running in begun:
+                    await running.heard.wait()
+        refused = [running for running in begun if running.failure and running.failure.code == "busy"]
+        for running in refused:
+            await running.over.wait()
+        return refused[0].failure if refused else None
 
     async def stop(self, id: str) -> bool:
         """Returns whether the answer was on its way; it ends at the engine's next step."""
@@ -232,7 +238,8 @@ class Hub:
                 self._not_saved([running], error)
                 await asyncio.sleep(RETRY_SECONDS)
         ANSWERS.labels(running.facts["status"]).inc()
-        running.saved = running.done = True
+        running.saved = True
+        running.over.set()
         del self._running[running.id]
         running.tell()
 

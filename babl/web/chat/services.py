@@ -162,10 +162,9 @@ def change_conversation(user: Any, id: UUID, change: ConversationChange) -> Conv
     for name in ("archived", "deleted"):
         if name in given:
             setattr(conversation, name, now if given[name] else None)
-    if given.keys() <= {"leaf", "archived", "deleted"}:  # looking and tidying do not make it newer
-        conversation.save()
-    else:
-        _touch(conversation, *({"title", "system_prompt", "model", "settings", "passage", "leaf"} & given.keys()))
+    if not given.keys() <= {"leaf", "archived", "deleted"}:  # looking and tidying do not make it newer
+        conversation.updated = now
+    conversation.save()
     return conversation
 
 
@@ -200,12 +199,13 @@ def _purge(conversations: Sequence[Conversation]) -> None:
 
 
 @transaction.atomic
-def add_passage(user: Any, text: str, title: str = "") -> Passage:
-    """Returns the user's passage of this text, the one that is there already where there is one."""
+def add_passage(user: Any, text: str, title: str = "", **facts: Any) -> Passage:
+    """Returns the user's passage of this text: the one that is there already, or a new one with these facts."""
     text = _text("the passage", text.replace("\r\n", "\n"), settings.PASSAGE_CHARACTERS, least=1)
     title = _text("title", title, 200) or " ".join(text[:TITLE].split())
     sha256 = hashlib.sha256(text.encode()).hexdigest()
-    return Passage.objects.get_or_create(owner=user, sha256=sha256, defaults={"text": text, "title": title})[0]
+    facts |= {"text": text, "title": title}
+    return Passage.objects.get_or_create(owner=user, sha256=sha256, defaults=facts)[0]
 
 
 @transaction.atomic

@@ -7,6 +7,8 @@ browser sends the last id when it connects again, and goes on there.
 - `delta {g, at, text}`: the answer goes on with `text`, which begins at code point `at`
 - `done {g, message}`: the answer as it is stored, a `selectors.message_json`
 - `reconnect {}`: the server ends, or the stream grew old; come again
+
+A stream ends after the last `done`; an EventSource is then to be closed, for it would come again.
 """
 
 import asyncio
@@ -69,13 +71,13 @@ async def answers(user: Any, ids: Sequence[UUID], cursors: list[int]) -> AsyncIt
             woken.clear()
             for i, running in list(watched.items()):
                 state = {"g": running.id, **running.state, "saved": running.saved}
-                if told.get(i) != state and not running.done:
+                if told.get(i) != state and not running.over.is_set():
                     told[i] = state
                     yield frame("state", state, _id(cursors))
                 for each in _rest(i, running.id, running.text, cursors):
                     spoken = time.monotonic()
                     yield each
-                if running.done:
+                if running.over.is_set():
                     del watched[i]
                     running.watchers.discard(woken)
                     stored, _ = await _stored(user, ids[i])

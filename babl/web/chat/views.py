@@ -318,14 +318,14 @@ async def ask(request: HttpRequest, id: UUID) -> tuple[int, dict[str, Any]]:
     """The question is stored, and its answers are on their way."""
     question = body(request, services.Ask)
     _not_too_fast(request)
-    return await _begun(*await hub.ask(services.ask, request.user, id, question))
+    return await _begun(request, *await hub.ask(services.ask, request.user, id, question))
 
 
 async def ask_again(request: HttpRequest, id: UUID) -> tuple[int, dict[str, Any]]:
     """Another answer is on its way."""
     again = body(request, services.Again)
     _not_too_fast(request)
-    return await _begun(*await hub.ask(services.ask_again, request.user, id, again))
+    return await _begun(request, *await hub.ask(services.ask_again, request.user, id, again))
 
 
 def _not_too_fast(request: HttpRequest) -> None:
@@ -335,7 +335,7 @@ def _not_too_fast(request: HttpRequest) -> None:
         raise Refusal(429, "rate", "too many questions in a minute; the question was not sent", wait)
 
 
-async def _begun(asked: services.Asked, running: list[Running]) -> tuple[int, dict[str, Any]]:
+async def _begun(request: HttpRequest, asked: services.Asked, running: list[Running]) -> tuple[int, dict[str, Any]]:
     """Returns what the client needs to follow the answers.
 
     Raises:
@@ -345,12 +345,16 @@ async def _begun(asked: services.Asked, running: list[Running]) -> tuple[int, di
     ids = [("g", str(answer.id)) for answer in asked.answers]
     found = {
         "question": await read(selectors.message_json, asked.question),
-        "answers": [await read(selectors.message_json, answer) for answer in asked.answers],
+        "answers": [await read(_message_json, request.user, answer.id) for answer in asked.answers],
         "stream": f"/api/events?{urlencode(ids)}",
     }
     if refusal:
         raise refused(refusal, **found)
     return 201 if asked.requests else 200, found
+
+
+def _message_json(user: Any, id: UUID) -> dict[str, Any]:
+    return selectors.message_json(selectors.message(user, id))
 
 
 async def stop(request: HttpRequest, id: UUID) -> dict[str, bool]:

@@ -38,6 +38,7 @@ from babl.web.engine.protocol import (
     Stats,
     Unload,
 )
+from babl.web.engine.turns import MOST_RUNNING, MOST_WAITING
 
 DEFAULT_FOLDERS = (Path("models"), Path("runs"))
 START_SECONDS = 120.0  # that the engine process has to be ready
@@ -45,6 +46,7 @@ GRACE = 5.0  # seconds to end after it was asked to
 WAITS = (0.0, 0.5, 2.0, 8.0, 30.0)  # seconds before each start after the last one that became ready
 HOPELESS = 3  # starts in a row that failed, after which nobody is kept waiting
 MOST_HELD = 64  # requests kept while there is no engine process
+BROKE_DOWN = "the engine broke down while it was answering, and is started again"
 
 Losses = asyncio.Queue["asyncio.Future[Exception | None]"]  # when each line that was made is lost
 R = TypeVar("R")
@@ -104,8 +106,8 @@ class EngineClient:
         scripted: bool = False,
         device: str = "auto",
         dtype: str = "auto",
-        most_waiting: int = 64,
-        most_running: int = 32,
+        most_waiting: int = MOST_WAITING,
+        most_running: int = MOST_RUNNING,
     ):
         self._arguments = ["--device", device, "--dtype", dtype]
         self._arguments += ["--most-waiting", str(most_waiting), "--most-running", str(most_running)]
@@ -120,6 +122,7 @@ class EngineClient:
         self._started: asyncio.Future[None]  # when the process of now says that it is ready
         self._settled = asyncio.Event()  # whether the process is ready, or hopeless
         self._replacing = False  # the process is ended on purpose, for its memory
+        self._replacement: asyncio.Task[None] | None = None
         self._hopeless = ""  # why it cannot be started
         self._supervisor: asyncio.Task[None] | None = None
 
@@ -127,7 +130,7 @@ class EngineClient:
         """The engine process is ready.
 
         Raises:
-            EngineError: It cannot be started.
+            EngineError: It cannot be started; that is tried again all the same, until `stop`.
         """
         self._supervisor = asyncio.create_task(self._supervise())
         await self._until_ready()
@@ -194,13 +197,27 @@ class EngineClient:
         Raises:
             EngineError: It is being loaded, or is answering.
         """
-        left = (await self._call(lambda id: Unload(id, model), ModelStates)).models
-        busy = any(state.state in ("loading", "loaded") for state in left) or self._calls
-        if not busy and not self._streams and self._line is not None:
+        await self._call(lambda id: Unload(id, model), ModelStates)
+        if not self._replacing and not self._streams:
             self._replacing = True  # who comes now is held until the new process is there
             self._settled.clear()
-            self._line.close()
+            self._replacement = asyncio.create_task(self._replace())
+            await asyncio.shield(self._replacement)  # who asked for it may go away meanwhile
         await self._until_ready()
+
+    async def _replace(self) -> None:
+        """The process is about to end, unless somebody has loaded a model meanwhile."""
+        if self._calls:
+            await asyncio.wait(self._calls.values())
+        try:
+            left = (await self._ask(ListModels, ModelStates)).models
+        except EngineError:
+            return  # it has broken down, so it is replaced anyway
+        if any(state.state in ("loading", "loaded") for state in left):
+            self._replacing = False
+            self._release()
+        elif self._line is not None:
+            self._line.close()
 
     async def stats(self) -> Stats:
         """Returns how the engine process is."""
@@ -214,16 +231,23 @@ class EngineClient:
         """
         if self._supervisor is None:
             raise EngineError(Failed("", "engine", "the engine is not started"))
-        settled: asyncio.Future[Any] = asyncio.ensure_future(self._settled.wait())
-        await asyncio.wait([settled, self._supervisor], return_when=asyncio.FIRST_COMPLETED)
-        settled.cancel()
-        if self._hopeless or self._supervisor.done():
-            raise EngineError(Failed("", "engine", self._hopeless or "the engine was stopped"))
+        while not self._settled.is_set():
+            settled: asyncio.Future[Any] = asyncio.ensure_future(self._settled.wait())
+            await asyncio.wait([settled, self._supervisor], return_when=asyncio.FIRST_COMPLETED)
+            settled.cancel()
+            if self._supervisor.done():
+                raise EngineError(Failed("", "engine", "the engine was stopped"))
+        if self._hopeless:
+            raise EngineError(Failed("", "engine", self._hopeless))
 
     async def _call(self, make: Callable[[str], msgspec.Struct], kind: type[R]) -> R:
         await self._until_ready()
-        assert self._line is not None
+        return await self._ask(make, kind)
+
+    async def _ask(self, make: Callable[[str], msgspec.Struct], kind: type[R]) -> R:
         id = f"call-{next(self._call_ids)}"
+        if self._line is None:
+            raise EngineError(Failed(id, "engine", BROKE_DOWN))
         answer = self._calls[id] = asyncio.get_running_loop().create_future()
         try:
             self._line.send(make(id))
@@ -243,6 +267,12 @@ class EngineClient:
         finally:
             if not last:
                 await self.cancel(stream.request.id)
+
+    def _release(self) -> None:
+        """Who was held goes to the engine process, which is ready."""
+        self._settled.set()
+        for stream in [stream for stream in self._streams.values() if not stream.sent]:
+            self._send(stream)
 
     def _send(self, stream: _Stream) -> None:
         assert self._line is not None
@@ -270,9 +300,7 @@ class EngineClient:
             self.pid = message.pid
             self._hopeless = ""
             self._started.set_result(None)
-            self._settled.set()
-            for stream in list(self._streams.values()):
-                self._send(stream)
+            self._release()
         elif isinstance(message, Reply):
             call = self._calls.get(message.id)
             if call is None or call.done():  # nobody waits any more
@@ -306,12 +334,16 @@ class EngineClient:
         try:
             while True:
                 await asyncio.sleep(WAITS[min(failures, len(WAITS) - 1)])
-                was_ready = await self._live(f"{folder}/engine", losses)
+                try:
+                    was_ready = await self._live(f"{folder}/engine", losses)
+                except OSError as error:  # such as too many processes
+                    print(f"babl engine: cannot be started ({error})", file=sys.stderr)
+                    was_ready = False
                 failures = 0 if was_ready else failures + 1
                 if not self._replacing:
                     self.restarts += 1
                 self._replacing = False
-                reason = "the engine broke down while it was answering, and is started again"
+                reason = BROKE_DOWN
                 if failures >= HOPELESS:
                     self._settled.set()
                     reason = self._hopeless = "the engine cannot be started; what it says is in the log of the server"
@@ -322,10 +354,10 @@ class EngineClient:
 
     async def _live(self, socket: str, losses: "Losses") -> bool:
         """Returns whether the process became ready; one has been started, and has ended."""
-        # In a process group of its own, so that Ctrl-C reaches this process alone, which then ends the other.
+        # In a session of its own, so that Ctrl-C reaches this process alone, which then ends the other.
         command = [sys.executable, "-m", "babl.web.engine.process", "--socket", socket, *self._arguments]
         self._started = asyncio.get_running_loop().create_future()
-        process = await asyncio.create_subprocess_exec(*command, process_group=0)
+        process = await asyncio.create_subprocess_exec(*command, start_new_session=True)
         ended = asyncio.ensure_future(process.wait())
         connecting = asyncio.ensure_future(losses.get())
         try:

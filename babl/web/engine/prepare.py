@@ -28,6 +28,7 @@ from babl.web.engine.protocol import (
 
 MOST_PROMPT = 2048  # tokens, where the architecture has no bound of its own
 MOST_WINDOWS = 256
+MOST_STOPS = 16
 WINDOW, STRIDE = 512, 128  # tokens, for a model that does not say what it was trained with
 ANSWER_ROOM = 64  # tokens of the context that a question leaves for its answer
 ROLES = ("system", "user", "assistant")
@@ -106,11 +107,13 @@ class Prepared:
         return Counted(self.tokens - over, self.limit, self.cut_tokens + over, len(self.prompts))
 
     def check(self) -> None:
-        """It fits; nothing is cut off a question or the last message.
+        """It can be read; nothing is cut off a question or the last message.
 
         Raises:
-            UserError: It does not.
+            UserError: It does not, or there is nothing to read.
         """
+        if not all(self.prompts):
+            raise UserError("the prompt is empty, and this model has no token to begin with")
         longest = max(map(len, self.prompts))
         if longest > self.most:
             raise UserError(f"the prompt has {longest} tokens, but this model reads at most {self.most}")
@@ -139,6 +142,8 @@ def prepare(request: Request, reader: Reader) -> Prepared:
 def _config(settings: Settings) -> GenerationConfig:
     if settings.max_new_tokens > MOST_NEW_TOKENS:
         raise UserError(f"max_new_tokens is {settings.max_new_tokens}, expected at most {MOST_NEW_TOKENS}")
+    if len(settings.stop) > MOST_STOPS:
+        raise UserError(f"stop has {len(settings.stop)} strings, expected at most {MOST_STOPS}")
     return GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,

@@ -8,6 +8,7 @@ import asyncio
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +33,7 @@ from babl.web.engine.protocol import (
     ToEngine,
     Unload,
 )
+from babl.web.engine.turns import MOST_RUNNING, MOST_WAITING
 
 GOODBYE = 2.0  # seconds that the last events have to arrive
 
@@ -91,6 +93,9 @@ class Server:
                 result = ModelStates(await self.worker.models())
         except UserError as error:
             result = Failed(message.id, code, str(error))
+        except Exception as error:
+            traceback.print_exc(file=sys.stderr)
+            result = Failed(message.id, "engine", f"the engine could not say ({type(error).__name__})")
         self.line.send(Reply(message.id, result))
 
 
@@ -133,8 +138,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", type=Path, action="append", default=[], metavar="DIR", help="may be repeated")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--most-waiting", type=int, default=64, metavar="N", help="requests in the queue")
-    parser.add_argument("--most-running", type=int, default=32, metavar="N", help="requests answered at once")
+    parser.add_argument("--most-waiting", type=int, default=MOST_WAITING, metavar="N", help="requests in the queue")
+    parser.add_argument("--most-running", type=int, default=MOST_RUNNING, metavar="N", help="requests answered at once")
     parser.add_argument("--scripted", action="store_true", help="no models: answers as the prompts say")
     args = parser.parse_args(argv)
 

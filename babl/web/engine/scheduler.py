@@ -11,7 +11,6 @@ import os
 import sys
 import time
 import traceback
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,10 +39,8 @@ from babl.web.engine.protocol import (
     Stats,
 )
 from babl.web.engine.spans import locate
-from babl.web.engine.turns import Turns
+from babl.web.engine.turns import MOST_RUNNING, MOST_WAITING, Turns
 
-MOST_WAITING = 64  # requests in the queue
-MOST_RUNNING = 32  # requests being answered
 READ_TOKENS = (64, 2048)  # fewest and most prompt tokens of one step
 READ_SECONDS = 0.25  # what a step of reading should take
 
@@ -76,7 +73,7 @@ class Desk:
     def __init__(self, loaded: Loaded):
         self.loaded = loaded
         self.tasks: list[Task] = []
-        self.reading: deque[Decoding] = deque()
+        self.reading: list[Decoding] = []
         self.writing: dict[bool, Decoding] = {}  # whether it drafts, as questions do -> those who write
         self.read_tokens = READ_TOKENS[0]
         self._turn = 0
@@ -109,9 +106,10 @@ class Desk:
     def step(self) -> None:
         """One of the decodings has made a step; they take turns."""
         # Some may be done by a cancel.
-        self.reading = deque(decoding for decoding in self.reading if not decoding.done)
+        self.reading = [decoding for decoding in self.reading if not decoding.done]
         self.writing = {drafts: decoding for drafts, decoding in self.writing.items() if not decoding.done}
-        turns = [*self.writing.values(), *list(self.reading)[:1]]
+        # Of those to be read, the newest has its turn beside the oldest: who sends hundreds of windows holds nobody up.
+        turns = [*self.writing.values(), *self.reading[:1], *self.reading[1:][-1:]]
         if not turns:
             return
         self._turn = (self._turn + 1) % len(turns)
@@ -125,11 +123,12 @@ class Desk:
         started, rows = time.perf_counter(), decoding.rows
         tokens = min(self.read_tokens, len(rows) * max(len(row.prompt) for row in rows))
         decoding.step()
-        speed = tokens / (time.perf_counter() - started)
-        self.read_tokens = int(min(max(speed * READ_SECONDS, READ_TOKENS[0]), READ_TOKENS[1]))
+        might = int(min(max(READ_SECONDS * tokens / (time.perf_counter() - started), READ_TOKENS[0]), READ_TOKENS[1]))
+        if tokens > self.read_tokens // 2 or might > self.read_tokens:  # a short prompt says little of a long one
+            self.read_tokens = might
         if not decoding.read:
             return
-        self.reading.popleft()
+        self.reading.remove(decoding)
         drafts = rows[0].config.prompt_lookup_num_tokens > 0
         others = self.writing.get(drafts)
         if others is None or others.done:
@@ -275,13 +274,12 @@ class Scheduler:
         self.steps += 1
         try:
             desk.step()
+            self._report(desk)
         except Exception as error:  # whatever it is, the other models' answers go on
             traceback.print_exc(file=sys.stderr)
             for task in desk.tasks:
                 self.emit(Failed(task.id, "engine", f"{name} broke down ({type(error).__name__})"))
             self._desks[name] = Desk(desk.loaded)
-            return True
-        self._report(desk)
         return True
 
     def _admit(self) -> None:
@@ -297,6 +295,10 @@ class Scheduler:
                 task.prepared.check()
             except UserError as error:
                 self.emit(Failed(task.id, "prompt", str(error)))
+                continue
+            except Exception as error:  # a chat template is a stranger's code
+                traceback.print_exc(file=sys.stderr)
+                self.emit(Failed(task.id, "prompt", f"the prompt cannot be made ({type(error).__name__})"))
                 continue
             task.begun = time.monotonic()
             running.append(task)
@@ -377,6 +379,8 @@ class Scheduler:
                 desk.tasks.remove(task)
                 self._seconds += (done.seconds - self._seconds) / 8
                 self.emit(done)
+        if not desk.tasks:  # what they had in memory is not kept for the next ones
+            desk.reading, desk.writing = [], {}
 
 
 def _done(task: Task, loaded: Loaded) -> Done:

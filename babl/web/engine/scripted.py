@@ -37,7 +37,7 @@ from babl.web.engine.protocol import (
     Stats,
 )
 from babl.web.engine.spans import locate
-from babl.web.engine.turns import Turns
+from babl.web.engine.turns import MOST_RUNNING, MOST_WAITING, Turns
 
 SETTING = re.compile(r"(tokens|after)=\d+|(delay|loading|reading)=(\d+\.?\d*|\.\d+)|fail=[a-z]+")
 CONTEXT = 4096  # words it claims to read
@@ -63,7 +63,9 @@ def parse(text: str) -> tuple[dict[str, str], list[str]]:
 class Scripted:
     """Stands for a `Scheduler`; arguments as there, besides that there are no folders."""
 
-    def __init__(self, emit: Callable[[Event], None], most_waiting: int = 64, most_running: int = 32):
+    def __init__(
+        self, emit: Callable[[Event], None], most_waiting: int = MOST_WAITING, most_running: int = MOST_RUNNING
+    ):
         self.emit, self.most_waiting, self.most_running = emit, most_waiting, most_running
         self.loaded = False
         self.steps = 0

@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from typing import Generic, Protocol, TypeVar
 
+MOST_WAITING = 64  # requests in the queue
+MOST_RUNNING = 32  # requests being answered
+
 
 class Waiting(Protocol):
     """What can stand in the queue."""

@@ -88,6 +88,7 @@ def test_models_are_listed_loaded_counted_and_refused(client, loop, chat, ask):
 
 
 def test_an_idle_process_uses_no_processor(client, loop):
+    assert os.getpgid(client.pid) != os.getpgrp(), "nor does Ctrl-C reach it"
     process = psutil.Process(client.pid)
     before = sum(process.cpu_times()[:2])
     loop.run(asyncio.sleep(0.6))
@@ -119,8 +120,9 @@ def test_leaving_an_answer_or_cancelling_it_ends_it(client, loop, chat):
 
 def test_a_slow_reader_gets_all_the_text_in_few_pieces(client, loop, chat):
     async def read():
-        stream = client.submit(chat("bloom", "the fox", max_new_tokens=200, temperature=2.0, seed=3))
-        while (await client.stats()).running == 0 or (await client.stats()).running:
+        request = chat("bloom", "the fox", max_new_tokens=200, temperature=2.0, seed=3)
+        stream = client.submit(request)
+        while request.id in client._streams:  # until it is whole
             await asyncio.sleep(0.01)
         return [event async for event in stream]
 
@@ -168,7 +170,18 @@ def test_unloading_the_last_model_gives_all_memory_back(started, loop, tmp_path,
     loop.run(client.unload("one"))
     half = loop.run(client.stats())
     assert half.pid == pid and half.rss < loaded - (70 << 20)
-    loop.run(client.unload("two"))
+
+    async def unload():  # while others ask, and one comes in the middle
+        calls = [asyncio.create_task(client.models()) for _ in range(3)]
+        unloading = asyncio.create_task(client.unload("two"))
+        while not client._replacing:
+            await asyncio.sleep(0)
+        held = client.submit(complete("absent", "fox"))
+        await unloading
+        return [await call for call in calls], await until(held, Failed)
+
+    listed, failed = loop.run(unload())
+    assert all(len(states) == 2 for states in listed) and failed.code == "model"
     after = loop.run(client.stats())
     print(f"rss in MiB: {before >> 20} before, {loaded >> 20} loaded, {half.rss >> 20} half, {after.rss >> 20} after")
     assert abs(after.rss - before) <= 0.05 * before
@@ -185,6 +198,32 @@ def test_the_process_ends_when_its_parent_is_gone():
         parent.kill()
         parent.wait()
     wait_until(lambda: gone(pid))
+
+
+def test_who_asks_for_the_memory_may_go_away(started, loop, answer, chat):
+    client = started(scripted=True)
+    loop.run(client.load("scripted"))
+    pid = client.pid
+
+    async def leave():
+        unloading = asyncio.create_task(client.unload("scripted"))
+        while not client._replacing:
+            await asyncio.sleep(0)
+        unloading.cancel()
+        return await client.models()
+
+    assert [state.state for state in loop.run(leave())] == ["unloaded"] and client.pid != pid
+
+    async def load_in_the_middle():
+        await client.load("scripted")
+        unloading = asyncio.create_task(client.unload("scripted"))
+        loading = asyncio.create_task(client.load("scripted"))
+        await asyncio.gather(unloading, loading)
+        return await client.models()
+
+    pid = client.pid
+    assert [state.state for state in loop.run(load_in_the_middle())] == ["loaded"] and client.pid == pid
+    assert answer(client, chat("scripted", "tokens=1 delay=0 a"))[0][-1].text == "a"
 
 
 @pytest.fixture
@@ -243,6 +282,29 @@ def test_a_process_that_is_sent_no_message_says_so_and_ends(process, loop, data)
     assert status == 1 and said.startswith("babl engine: a frame") and "Traceback" not in said
 
 
+def test_the_process_waits_for_who_does_not_keep_up(process, loop, chat):
+    line, messages, started = process
+    used = psutil.Process(started.pid).cpu_times
+
+    async def read_late():
+        line._transport.pause_reading()
+        line.send(chat("scripted", "tokens=30000 delay=0 word", max_new_tokens=30000))
+        before = -1.0
+        while used().user > before:  # until its buffers are full
+            before = used().user
+            await asyncio.sleep(0.3)
+        assert messages.qsize() == 0
+        line._transport.resume_reading()
+        text = ""
+        while not isinstance(message := await messages.get(), Done):
+            text += message.text if isinstance(message, Delta) else ""
+        assert message.tokens == 30000 and text == message.text
+        return before, used().user
+
+    blocked, whole = loop.run(read_late())
+    assert blocked < 0.7 * whole, "most of it was written after we read on"
+
+
 def test_a_cancel_of_an_unknown_request_changes_nothing(process, loop, chat):
     line, messages, _ = process
 
@@ -256,17 +318,24 @@ def test_a_cancel_of_an_unknown_request_changes_nothing(process, loop, chat):
     assert loop.run(send()) == "a"
 
 
-def test_an_engine_that_cannot_be_started_keeps_nobody_waiting(loop, monkeypatch, chat, answer):
+@pytest.mark.parametrize("program", ["/bin/false", "/absent"])
+def test_an_engine_that_cannot_be_started_keeps_nobody_waiting(program, loop, monkeypatch, chat, answer):
     monkeypatch.setattr(client_module, "WAITS", (0.0, 0.0))
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+    python = sys.executable
+    monkeypatch.setattr(sys, "executable", program)
     client = EngineClient(scripted=True)
     with pytest.raises(EngineError, match="the engine cannot be started"):
         loop.run(client.start())
     (events,) = answer(client, chat("scripted", "x"))
     assert [(event.code, "cannot be started" in event.message) for event in events] == [("engine", True)]
-    monkeypatch.undo()
-    loop.run(asyncio.sleep(0.3))  # it is tried again all the time
-    assert answer(client, chat("scripted", "tokens=1 a"))[0][-1] != events[0]
+    monkeypatch.setattr(sys, "executable", python)
+
+    async def ready():  # it is tried again all the time
+        while client.pid is None:
+            await asyncio.sleep(0.01)
+
+    loop.run(asyncio.wait_for(ready(), 20))
+    assert answer(client, chat("scripted", "tokens=1 a"))[0][-1].text == "a"
     loop.run(client.stop())
     (events,) = answer(client, chat("scripted", "x"))
     assert (events[-1].code, events[-1].message) == ("engine", "the engine is not started")

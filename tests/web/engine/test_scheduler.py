@@ -103,6 +103,16 @@ def test_chats_that_come_together_are_written_together(hand, loop, complete):
     assert made.scheduler.steps <= 12 + 40 + 2, "and is written with them"
 
 
+def test_hundreds_of_windows_hold_nobody_up(hand, loop, ask, chat):
+    made = hand("t5")
+    many, brief = made.submit(ask("t5", "who?", LONG * 150, user="a"), chat("t5", "who?", user="b", max_new_tokens=3))
+    loop.run(made.finish(brief))
+    reading = len(made.scheduler._desks["t5"].reading)
+    assert reading > 20 and made.scheduler.steps < 20
+    made.scheduler.cancel(many)
+    assert not made.scheduler._desks["t5"].reading
+
+
 def test_models_take_turns(hand, loop, complete):
     made = hand("bloom", "t5")
     made.endless("bloom")
@@ -151,7 +161,9 @@ def test_a_cancel_is_seen_at_the_next_step_in_every_state(hand, loop, folder, co
     made.scheduler.cancel(second)
     made.turn(3)
     assert made.scheduler.steps == steps + 1 and not made.scheduler._running()
+    assert not made.scheduler._desks["bloom"].writing, "what they had in memory is given back"
 
+    made.scheduler._desks["bloom"].read_tokens = 64  # as on a slow machine
     (reading,) = made.submit(complete("bloom", LONG * 8, max_new_tokens=500))
     made.turn(2)
     assert made.kinds(reading) == ["Queued", "Reading"] and not made.scheduler._desks["bloom"].reading[0].read
@@ -251,6 +263,19 @@ def test_what_cannot_be_answered_says_why(hand, loop, complete, monkeypatch):
     loop.run(made.finish(id))
     assert made.last(id).code == "model"
     assert made.last(id).message == "bloom needs 256 MiB of memory, but 100 MiB are free; unload another model"
+
+
+def test_a_request_that_breaks_its_preparation_fails_alone(hand, loop, chat, capsys):
+    made = hand("talks")
+    made.scheduler._desks["talks"].loaded.reader.tokenizer.chat_template = "{{ messages[5:][0].content + 1 }}"
+    (id,) = made.submit(chat("talks", "x"))
+    made.turn()
+    assert made.last(id).code == "prompt" and "chat template failed" in made.last(id).message
+    made.scheduler._desks["talks"].loaded.reader.tokenizer.chat_template = "{{ messages | length + 'x' }}"
+    (id,) = made.submit(chat("talks", "x"))
+    made.turn()
+    assert made.last(id) == Failed(id, "prompt", "the prompt cannot be made (TypeError)")
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_model_that_breaks_down_fails_its_own_answers_alone(hand, loop, complete, capsys):

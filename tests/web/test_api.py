@@ -1,0 +1,107 @@
+import time
+
+import httpx
+import openai
+import pytest
+
+
+@pytest.fixture(scope="module")
+def key(me):
+    return me.call("POST", "/api/keys", json={"name": "tests"})["key"]
+
+
+@pytest.fixture(scope="module")
+def client(server, key):
+    with openai.OpenAI(base_url=f"{server.address}/v1", api_key=key, max_retries=0) as client:
+        yield client
+
+
+def say(text):
+    return [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}]
+
+
+def test_models_are_listed(client):
+    assert [model.id for model in client.models.list()] == ["scripted"]
+    assert client.models.retrieve("scripted").owned_by == "babl"
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.models.retrieve("runs/other")
+
+
+def test_a_chat_is_answered_at_once_and_streamed(client):
+    whole = client.chat.completions.create(model="scripted", messages=say("tokens=5 delay=0 a b"), temperature=0)
+    assert whole.choices[0].message.content == "a b a b a" and whole.choices[0].finish_reason == "stop"
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens, whole.usage.total_tokens) == (2, 5, 7)
+    chunks = list(
+        client.chat.completions.create(
+            model="scripted",
+            messages=say("tokens=20 delay=0.03 a b"),
+            max_tokens=10,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+    assert text == "a b a b a b a b a b" and chunks[0].choices[0].delta.role == "assistant" and len(chunks) > 5
+    assert chunks[-2].choices[0].finish_reason == "length" and chunks[-1].usage.completion_tokens == 10
+    parts = [{"role": "user", "content": [{"type": "text", "text": "tokens=1 delay=0 hi"}]}]
+    assert client.chat.completions.create(model="scripted", messages=parts).choices[0].message.content == "hi"
+
+
+def test_a_text_is_continued_at_once_and_streamed(client):
+    settings = {"model": "scripted", "prompt": "tokens=4 delay=0 a b"}
+    whole = client.completions.create(**settings)
+    assert whole.choices[0].text == "a b a b" and whole.object == "text_completion"
+    assert "".join(chunk.choices[0].text for chunk in client.completions.create(**settings, stream=True)) == "a b a b"
+
+
+def test_mistakes_are_openais(client, server):
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{server.address}/v1", api_key="babl-wrong").models.list()
+    with pytest.raises(openai.NotFoundError, match="the model 'gpt' does not exist"):
+        client.chat.completions.create(model="gpt", messages=say("x"))
+    for wrong in ({"n": 2}, {"messages": []}, {"messages": [{"role": "assistant", "content": "x"}]}):
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(**{"model": "scripted", "messages": say("x")} | wrong)
+    with pytest.raises(openai.BadRequestError, match="expected text"):
+        image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]
+        client.chat.completions.create(model="scripted", messages=image)
+    with pytest.raises(openai.UnprocessableEntityError, match="the script says fail=prompt"):
+        client.chat.completions.create(model="scripted", messages=say("fail=prompt x"))
+    with pytest.raises(openai.RateLimitError):
+        client.chat.completions.create(model="scripted", messages=say("fail=busy x"))
+    with pytest.raises(openai.APIError, match="the script says fail=model"):
+        list(
+            client.chat.completions.create(model="scripted", messages=say("tokens=9 after=3 fail=model x"), stream=True)
+        )
+
+
+def test_a_question_about_a_context(server, key):
+    http = httpx.Client(base_url=server.address, headers={"Authorization": f"Bearer {key}"})
+    body = {"model": "scripted", "question": "tokens=2 delay=0 where?", "context": "In Lima, Peru."}
+    found = http.post("/v1/qa", json=body).json()
+    assert (found["answer"], found["start"], found["end"], found["in_context"]) == ("In Lima,", 0, 8, True)
+    assert 0 < found["probability"] < 1 and found["prompt_tokens"] == 4 and found["weights"] == "scripted"
+    without = http.post("/v1/qa", json=body | {"context": None}).json()
+    assert without["start"] is None and without["in_context"] is None
+    assert http.post("/v1/qa", json={"model": "scripted"}).json()["error"]["type"] == "invalid_request_error"
+    assert http.get("/v1/qa").status_code == 405
+
+
+def test_who_leaves_is_not_answered_any_more(client, me):
+    def running():
+        return me.call("GET", "/api/status")["engine"]["running"]
+
+    before = running()
+    with client.chat.completions.create(
+        model="scripted", messages=say("tokens=2000 x"), max_tokens=2000, stream=True
+    ) as it:
+        next(iter(it))
+        assert running() == before + 1
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.5).chat.completions.create(
+            model="scripted", messages=say("tokens=2000 x"), max_tokens=2000
+        )
+    deadline = time.monotonic() + 5
+    while running() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -1,0 +1,192 @@
+"""What is left when something breaks: the question, and the answer as far as it came."""
+
+import signal
+import subprocess
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import psutil
+import pytest
+
+LONG = "tokens=400 delay=0.02 "
+
+
+def wait_for(condition, seconds=15):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def partial(me, conversation):
+    """Returns the newest answer of a conversation once some of it is stored."""
+    return wait_for(lambda: (m := me.thread(conversation)["messages"][-1]) and m.get("content") and m)
+
+
+def test_a_killed_server_keeps_the_question_and_what_was_answered(own_server):
+    me = own_server.person()
+    id = me.conversation()
+    asked = me.ask(id, LONG + "alpha beta")
+    before = partial(me, id)["content"]
+    engine = own_server.engine()
+    own_server.kill()
+    wait_for(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)
+    own_server.start()
+    me.http.base_url = own_server.address  # the session goes on
+    question, answer = me.thread(id)["messages"]
+    assert question["content"] == LONG + "alpha beta" and answer["status"] == "interrupted"
+    assert answer["content"].startswith(before) and len(answer["content"].split()) < 400
+    assert me.answer(asked)["content"] == answer["content"]
+    after = me.ask(id, "tokens=2 gamma", parent=answer["id"])
+    assert me.answer(after)["content"] == "gamma gamma"
+
+
+def test_a_killed_engine_costs_one_answer(own_server):
+    me = own_server.person()
+    id = me.conversation()
+    asked = me.ask(id, LONG + "x")
+    partial(me, id)
+    own_server.engine().kill()
+    answer = me.answer(asked)
+    assert (answer["status"], answer["error"]) == ("interrupted", "engine") and answer["content"].startswith("x x x")
+    assert me.answer(me.ask(id, "tokens=2 y", parent=answer["id"]))["content"] == "y y"
+    assert me.thread(id)["messages"][1]["content"] == answer["content"]
+
+
+def test_a_server_that_is_told_to_end_lets_fifty_streams_go(own_server):
+    me = own_server.person()
+    conversations = [me.conversation() for _ in range(10)]
+    asked = [me.ask(id, LONG + "x") for id in conversations]
+    streams, opened = [asked[i % 10]["stream"] for i in range(50)], threading.Barrier(51)
+
+    def follow(stream):
+        frames = me_too[stream].frames(stream)
+        found = [next(frames)]
+        opened.wait(30)
+        return found + list(frames)
+
+    me_too = dict.fromkeys(streams, me)
+    me.http = httpx.Client(
+        base_url=own_server.address, headers=me.http.headers, cookies=me.http.cookies, timeout=30,
+        limits=httpx.Limits(max_connections=60),
+    )  # fmt: skip
+    with ThreadPoolExecutor(50) as pool:
+        following = [pool.submit(follow, stream) for stream in streams]
+        opened.wait(30)
+        time.sleep(0.5)
+        begun = time.monotonic()
+        assert own_server.end() == 0
+        assert time.monotonic() - begun < 15
+        ends = [each.result()[-1][1] for each in following]
+    assert ends == ["reconnect"] * 50
+    own_server.start()
+    me.http.base_url = own_server.address
+    for id in conversations:
+        answer = me.thread(id)["messages"][1]
+        assert answer["status"] == "interrupted" and answer["content"].startswith("x x")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder with room for eight megabytes."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_told_and_loses_nothing_once_there_is_room(small_disk, serving):
+    with serving(small_disk, {}) as server:
+        me = server.person()
+        id = me.conversation()
+        asked = me.ask(id, "tokens=150 delay=0.02 " + "many words " * 20)
+        filler, refused = small_disk / "filler", None
+        for _, event, data in me.frames(asked["stream"]):
+            if event == "delta" and data["at"] > 50 and refused is None and not filler.exists():
+                with pytest.raises(OSError), filler.open("wb", buffering=0) as file:
+                    while True:
+                        file.write(bytes(4096))
+            if event == "state" and not data["saved"] and refused is None:
+                refused = me.ask(id, "kept by the client " * 1000, 507)
+                assert me.call("GET", "/readyz", 503)["saved"] is False
+                filler.unlink()
+            if event == "done":
+                answer = data["message"]
+        assert refused["error"]["code"] == "not_saved", "the status line said so, and so did the next request"
+        assert answer["status"] == "done" and len(answer["content"].split()) == 150
+        assert me.thread(id)["messages"][1]["content"] == answer["content"]
+        assert me.call("GET", "/readyz", 200)["saved"] is True
+
+
+def test_a_full_queue_says_when_to_come_again_and_keeps_the_question(own_server):
+    me = own_server.person()
+    id = me.conversation()
+    for _ in range(60):  # 32 are answered at once and 64 wait
+        last = me.http.post(
+            f"/api/conversations/{id}/messages",
+            json={"client_id": str(uuid.uuid4()), "content": LONG, "models": ["scripted"], "contexts": [True, False]},
+        )
+        if last.status_code != 201:
+            break
+    assert last.status_code == 429 and int(last.headers["Retry-After"]) >= 1
+    refused = last.json()
+    assert refused["error"]["code"] == "busy" and refused["question"]["content"] == LONG
+    shown = me.thread(id)["messages"]
+    assert shown[0]["id"] == refused["question"]["id"]
+    assert {c["status"] for c in shown[1]["columns"]} >= {"error"}
+    failed = next(c for c in shown[1]["columns"] if c["error"] == "busy")
+    before = me.call("GET", "/api/status")["engine"]["pid"]
+    own_server.engine().kill()  # all those before are gone
+    wait_for(lambda: (r := me.http.get("/api/status")).is_success and r.json()["engine"]["pid"] != before)
+    body = {"client_id": str(uuid.uuid4()), "settings": {"max_new_tokens": 2}}
+    again = wait_for(
+        lambda: (r := me.http.post(f"/api/messages/{failed['id']}/again", json=body)).is_success and r.json()
+    )
+    assert me.answer(again)["status"] == "done"
+
+
+def test_questions_come_at_a_limited_rate(tmp_path, serving):
+    with serving(tmp_path / "data", {"BABL_QUESTIONS_PER_MINUTE": "3"}) as server:
+        me = server.person()
+        id = me.conversation()
+        for _ in range(3):
+            me.ask(id, "tokens=1 x")
+        refused = me.ask(id, "tokens=1 x", 429)
+        assert refused["error"]["code"] == "rate" and 10 < refused["error"]["retry_after"] <= 20
+
+
+def test_no_message_is_in_the_log(own_server):
+    me = own_server.person()
+    id = me.conversation(title="TITLE-X")
+    me.answer(me.ask(id, "tokens=2 after=1 fail=prompt SECRET-X"))
+    me.ask(id, "SECRET-X" * 20_000, 400)
+    me.call("POST", "/api/passages", json={"text": "SECRET-X passage"})
+    me.call("POST", "/api/import", 400, content=b'{"format": "SECRET-X"}')
+    me.call("GET", "/api/conversations", params={"q": "SECRET-X"})
+    key = me.call("POST", "/api/keys", json={"name": "k"})["key"]
+    bearer = {"Authorization": f"Bearer {key}"}
+    httpx.post(f"{own_server.address}/v1/qa", headers=bearer, json={"model": "m", "question": "SECRET-X", "x": "{"})
+    own_server.engine().kill()
+    me.answer(me.ask(id, "tokens=1 SECRET-X"))
+    own_server.end()
+    for file in [own_server.log, *own_server.data.glob("*.log")]:
+        text = file.read_text()
+        assert "SECRET-X" not in text and "TITLE-X" not in text and key not in text, text
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_an_idle_server_ends_at_once_and_leaves_no_process(tmp_path, serving, signal_number):
+    with serving(tmp_path / "data", {}) as server:
+        server.person()
+        engine = wait_for(lambda: server.engine())
+        begun = time.monotonic()
+        server.process.send_signal(signal_number)
+        assert server.process.wait(15) == 0
+        assert time.monotonic() - begun < 8
+        assert not engine.is_running()

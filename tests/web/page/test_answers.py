@@ -130,7 +130,10 @@ def test_a_wrong_answer_is_put_right_by_selecting_or_typing_the_right_one(tab, t
     page.click("#correct-save")
     tab.expect(page.locator(".judged")).to_have_text("You say: wrong; right is Ruritania")
     begin = FOX.index("Ruritania is")
-    assert tab.api(f"/api/conversations/{tab.id}")["messages"][1]["feedback"]["span"] == {"start": begin, "end": begin + 9}
+    assert tab.api(f"/api/conversations/{tab.id}")["messages"][1]["feedback"]["span"] == {
+        "start": begin,
+        "end": begin + 9,
+    }
 
     page.click("[aria-label=Wrong]")
     page.fill("#correct-text", "nowhere at all")
@@ -141,7 +144,10 @@ def test_a_wrong_answer_is_put_right_by_selecting_or_typing_the_right_one(tab, t
     page.press("#correct-text", "Enter")
     tab.expect(page.locator("#correct")).to_be_hidden()
     begin = FOX.index("Ruritania.")
-    assert tab.api(f"/api/conversations/{tab.id}")["messages"][1]["feedback"]["span"] == {"start": begin, "end": begin + 9}
+    assert tab.api(f"/api/conversations/{tab.id}")["messages"][1]["feedback"]["span"] == {
+        "start": begin,
+        "end": begin + 9,
+    }
 
     tab.ask("tokens=1 Who rules it?")
     page.locator("[aria-label=Wrong]").last.click()
@@ -157,7 +163,11 @@ def test_a_wrong_answer_is_put_right_by_selecting_or_typing_the_right_one(tab, t
         page.click("button[value=train]")
     download.value.save_as(tmp_path / "feedback.json")
     examples = parse_squad(json.loads((tmp_path / "feedback.json").read_text(encoding="utf-8")), "feedback")
-    told = {each.question.split(" ", 1)[1]: [answer.text for answer in each.answers] for each in examples if each.context == FOX}
+    told = {
+        each.question.split(" ", 1)[1]: [answer.text for answer in each.answers]
+        for each in examples
+        if each.context == FOX
+    }
     assert told == {"Where does it live?": ["Ruritania"], "Who rules it?": [], "What comes first?": ["🦊🦊 The fox"]}
 
 
@@ -166,7 +176,10 @@ def test_a_question_set_is_imported_run_and_compared(tab, tmp_path):
         return [{"id": answer, "question": "tokens=2 Which?", "answers": [{"text": answer, "answer_start": 0}]}, *rest]
 
     impossible = {"id": "none", "question": "tokens=1 Why?", "answers": [], "is_impossible": True}
-    paragraphs = [{"context": "Red wine is old.", "qas": qas("Red wine", impossible)}, {"context": "Blue sky.", "qas": qas("Blue")}]
+    paragraphs = [
+        {"context": "Red wine is old.", "qas": qas("Red wine", impossible)},
+        {"context": "Blue sky.", "qas": qas("Blue")},
+    ]
     file = {"version": "v2.0", "data": [{"title": "Colours", "paragraphs": paragraphs}]}
     (tmp_path / "colours.json").write_text(json.dumps(file))
     tab.visit("/sets/")

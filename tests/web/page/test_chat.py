@@ -216,7 +216,10 @@ def test_export_and_import_lose_nothing_and_double_nothing(tab, tmp_path):
         tab.page.click("[role=menuitem]:has-text('Export as JSON')")
     download.value.save_as(tmp_path / "out.json")
     file = json.loads((tmp_path / "out.json").read_text())
-    assert [message["content"] for message in file["conversations"][0]["messages"]] == ["tokens=2 What flows?", "Rivers flow"]
+    assert [message["content"] for message in file["conversations"][0]["messages"]] == [
+        "tokens=2 What flows?",
+        "Rivers flow",
+    ]
     tab.page.click("#conversation-menu")
     with tab.page.expect_download() as download:
         tab.page.click("[role=menuitem]:has-text('Export as Markdown')")

@@ -24,7 +24,7 @@ XSS = [
     "```js\n</code></pre><script>alert(1)</script>\n```",
     "`<img src=x onerror=alert(1)>`",
     "<<script>script>alert(1)<</script>/script>",
-    "\"><script>alert(1)</script>",
+    '"><script>alert(1)</script>',
     "'-alert(1)-'",
     "{{constructor.constructor('alert(1)')()}}",
     "</textarea><script>alert(1)</script>",
@@ -114,7 +114,12 @@ def test_axe_finds_no_serious_fault(open_tab, axe, colours):
     page.click("#correct-cancel")
     if colours == "dark":  # the rest is the same but for its colours
         return
-    for button, dialog in [("#model", "models"), ("#open-settings", "settings"), ("#attach", "attach"), ("#keys", "keys")]:
+    for button, dialog in [
+        ("#model", "models"),
+        ("#open-settings", "settings"),
+        ("#attach", "attach"),
+        ("#keys", "keys"),
+    ]:
         page.click(button)
         tab.expect(page.locator(f"#{dialog}-dialog")).to_be_visible()
         assert faults(axe, page) == [], dialog

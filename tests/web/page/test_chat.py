@@ -168,6 +168,36 @@ def test_what_is_written_survives_until_the_server_has_it_and_is_sent_once(tab):
     assert len(tab.api(f"/api/conversations/{tab.id}")["messages"][0]["siblings"]) == 1
 
 
+def test_what_the_server_cannot_store_stays_on_the_page(tab):
+    tab.expected = ["Failed to load resource"]
+    error = {"error": {"code": "not_saved", "message": "the server could not store this; is its disk full?"}}
+    tab.page.route("**/messages", lambda route: route.fulfill(status=507, json=error), times=1)
+    tab.page.fill("#content", "tokens=1 precious")
+    tab.page.press("#content", "Enter")
+    tab.says("Not saved. What you wrote is still here.")
+    tab.expect(tab.page.locator(".toast")).to_contain_text("is its disk full?")
+    tab.page.press("#content", "Enter")
+    tab.says("Answered")
+
+
+def test_a_server_that_is_killed_and_comes_back_shows_what_there_was(open_tab, own_server):
+    tab = open_tab(of=own_server)
+    tab.expected = ["Failed to load resource", "ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING"]
+    tab.send("tokens=900 delay=0.02 kept")
+    tab.expect(tab.page.locator(".said.live")).to_contain_text(" ".join(["kept"] * 60))
+    port = own_server.address.rsplit(":", 1)[1]
+    own_server.kill()
+    tab.says("The connection is lost; trying again")
+    own_server.start("--port", port)
+    tab.says("Interrupted")
+    assert len(tab.answers[0].split()) >= 10
+    tab.page.click(".turn .end button")
+    tab.expect(tab.page.locator(".said.live")).to_contain_text("kept kept")
+    tab.page.click("#stop")
+    tab.says("Stopped")
+    tab.expect(tab.page.locator(".turn.assistant .branches")).to_have_text("2 / 2")
+
+
 def test_a_conversation_has_its_own_settings(tab):
     tab.key("s")
     tab.page.fill("[name=max_new_tokens]", "3")

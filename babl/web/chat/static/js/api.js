@@ -37,10 +37,11 @@ export async function call(method, path, body) {
  *
  * @param {(kind: string, data: object) => void} take Called for `state`, `delta` and `done`.
  * @param {() => void} lost Called where the page has to look again what there is: the server ended, or refused.
+ * @param {() => void} waiting Called where the connection broke and the browser tries again.
  */
 export class Stream {
-  constructor(take, lost) {
-    [this.take, this.lost] = [take, lost];
+  constructor(take, lost, waiting) {
+    [this.take, this.lost, this.waiting] = [take, lost, waiting];
     this.ids = "";
   }
 
@@ -65,6 +66,7 @@ export class Stream {
     }
     source.addEventListener("reconnect", () => this.#again(200));
     source.addEventListener("error", () => {
+      this.waiting();
       if (source.readyState === EventSource.CLOSED) this.#again(2000);
     });
   }

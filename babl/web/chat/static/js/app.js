@@ -53,7 +53,6 @@ function fail(error) {
   if (!(error instanceof Refused)) throw error;
   const wait = error.retryAfter ? ` Try again in ${Math.ceil(error.retryAfter)} s.` : "";
   toast(error.message + wait);
-  if (error.code === "not_saved") say(`Not saved: ${error.message}`, true);
 }
 
 const attempt = async (promise) => {
@@ -205,7 +204,7 @@ async function send() {
     await took(id);
   } catch (error) {
     fail(error);
-    say("Not sent. What you wrote is still here.", true);
+    say(`Not ${error.code === "not_saved" ? "saved" : "sent"}. What you wrote is still here.`, true);
   } finally {
     sending = false;
   }
@@ -334,6 +333,7 @@ const stream = new Stream(
     settled();
   },
   () => refresh(),
+  () => say("The connection is lost; trying again", true),
 );
 
 /** All answers have ended: the passage shows the last one, and the models may have been loaded for them. */

@@ -95,7 +95,7 @@ export class Sidebar {
       this.acts.open(row.id, row.message);
     };
     const title = row.title || "New conversation";
-    const link = h("a", { href: `/c/${row.id}/`, "aria-current": current ? "page" : null, onclick: open },
+    const link = h("a", { href: `/c/${row.id}/${row.message ? `#m-${row.message}` : ""}`, "aria-current": current ? "page" : null, onclick: open },
       h("span", { dir: "auto" }, ...(this.query ? marked(title, this.query) : [title])),
       row.excerpt && row.message && row.excerpt !== title ? h("small", { dir: "auto" }, ...marked(row.excerpt, this.query)) : h("small", {}, h("time", { datetime: row.updated, text: when(row.updated) })));
     const button = iconButton("more", `What to do with ${title}`, () => menu(button, this.items(row)), { "aria-haspopup": "menu", "aria-expanded": "false" });

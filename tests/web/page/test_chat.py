@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import pytest
 
@@ -321,3 +322,55 @@ def test_a_phone_shows_everything_without_scrolling_sideways(open_tab):
             page.click("[aria-label='Show it in the passage']")
             tab.expect(page.locator("#passage mark").last).to_be_in_viewport()
             page.click("#close-passage")
+
+
+def test_a_thousand_conversations_and_two_thousand_messages_stay_fast(tab, server):
+    me = server.person()
+    now, rows = "2026-01-01T00:00:00+00:00", []
+    how = {"kind": "chat", "model": "scripted", "status": "done", "tokens": 3}
+    for i in range(1000):
+        rows.append({"title": f"Conversation {i}", "created": now, "updated": now, "messages": []})
+        rows[-1]["id"] = f"00000000-0000-7000-8000-{i:012d}"
+    parent = None
+    for i in range(2000):
+        row = {"id": f"00000000-0000-7001-8000-{i:012d}", "role": ("user", "assistant")[i % 2], "created": now}
+        row |= {"content": f"message {i} " + "with some **words** " * 20, "parent": parent}
+        rows[0]["messages"].append(row | ({"generation": how} if i % 2 else {}))
+        parent = row["id"]
+    rows[0]["leaf"] = parent
+    file = {"format": "babl-conversations", "version": 1, "passages": [], "conversations": rows}
+    me.http.timeout = 300
+    me.call("POST", "/api/import", content=json.dumps(file).encode())
+
+    def seconds(act, seen):
+        begun = time.monotonic()
+        act()
+        tab.expect(seen).to_be_visible()
+        return time.monotonic() - begun
+
+    page = tab.page
+    last = page.locator(f"#m-{parent}")
+    assert seconds(lambda: tab.visit(f"/c/{rows[0]['id']}/"), last) < 3
+    found = page.locator("#list a", has_text="Conversation 999")
+    assert seconds(lambda: page.fill("#search", "Conversation 999"), found) < 2
+    hit = page.locator("#list a", has_text="message 1234 with")
+    assert seconds(lambda: page.fill("#search", "message 1234 with"), hit.first) < 2
+    page.fill("#search", "")
+    assert seconds(lambda: page.fill("#content", "tokens=1 fast"), page.locator("#count", has_text="tokens")) < 3
+    # Typing: the page draws again within a frame or two, however much is loaded above.
+    for _ in range(10):
+        page.locator("#earlier").evaluate("button => button.click()")
+        page.wait_for_timeout(150)
+    drawn = page.evaluate(
+        """async () => {
+            const begun = performance.now();
+            for (let i = 0; i < 10; i++) {
+                const field = document.getElementById("content");
+                field.value += "x";
+                field.dispatchEvent(new Event("input"));
+                await new Promise(requestAnimationFrame);
+            }
+            return (performance.now() - begun) / 10;
+        }"""
+    )
+    assert drawn < 100, f"{drawn:.0f} ms"

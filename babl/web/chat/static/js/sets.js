@@ -12,6 +12,11 @@ const differences = new Map(); // set -> what they differ in
 let sets = [];
 let models = [];
 let timer = null;
+let answering = false;
+
+const say = (text) => {
+  if ($("status").textContent !== text) $("status").textContent = text;
+};
 
 const attempt = async (promise) => {
   try {
@@ -29,7 +34,10 @@ async function refresh() {
     sets = found.sets;
     render();
   }
-  if (sets.some((set) => set.runs.some((run) => LIVE.includes(run.status)))) timer = setTimeout(refresh, 800);
+  const going = sets.flatMap((set) => set.runs).find((run) => LIVE.includes(run.status));
+  if (going || answering) say(going ? `${going.model} is answering` : "All questions are answered");
+  answering = Boolean(going);
+  if (going) timer = setTimeout(refresh, 800);
 }
 
 function render() {
@@ -42,10 +50,7 @@ function card(set) {
   const start = async (event) => {
     event.preventDefault();
     const form = new FormData(event.target);
-    if (await attempt(call("POST", `/api/sets/${set.id}/runs`, { model: form.get("model"), with_context: form.has("context") }))) {
-      $("status").textContent = `${form.get("model")} is answering`;
-      await refresh();
-    }
+    if (await attempt(call("POST", `/api/sets/${set.id}/runs`, { model: form.get("model"), with_context: form.has("context") }))) await refresh();
   };
   const remove = async () => {
     if (await confirmed(`“${set.name}” and the answers to it will be gone for good.`, "Delete")) {
@@ -123,7 +128,7 @@ $("import").addEventListener("change", async (event) => {
   form.append("file", file);
   const set = await attempt(call("POST", "/api/sets", form));
   if (!set) return;
-  $("status").textContent = `${set.name}: ${plural(set.questions, "question")}`;
+  say(`${set.name}: ${plural(set.questions, "question")}`);
   await refresh();
 });
 

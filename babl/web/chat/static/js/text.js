@@ -54,9 +54,9 @@ export function figure(value) {
 /** Returns a probability for people: never "100 %" or "0 %" of what is not quite so. */
 export function percent(probability) {
   const value = 100 * probability;
-  if (value > 0 && value < 0.1) return "under 0.1 %";
-  if (value < 100 && value > 99.9) return "over 99.9 %";
-  return `${value < 10 && value > 0 ? value.toFixed(1) : Math.round(value)} %`;
+  if (value > 0 && value < 0.1) return "under 0.1\u00a0%";
+  if (value < 100 && value > 99.9) return "over 99.9\u00a0%";
+  return `${value < 10 && value > 0 ? value.toFixed(1) : Math.round(value)}\u00a0%`;
 }
 
 /** Returns a score of 0 to 100 with one digit, where it has one. */

@@ -31,10 +31,11 @@ export class Transcript {
     follow.observe(frame);
   }
 
-  /** The end is in sight, and stays so while it grows. */
+  /** The end is in sight, and stays so while it grows; of answers side by side, rather their question. */
   toEnd() {
     this.atEnd = true;
-    this.frame.scrollTop = this.frame.scrollHeight;
+    const question = this.log.querySelector(".turn.comparison:last-child")?.previousElementSibling;
+    this.frame.scrollTop = question ? question.offsetTop - 16 : this.frame.scrollHeight;
   }
 
   /** The page shows this state. */

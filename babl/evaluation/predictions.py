@@ -131,7 +131,8 @@ def read_predictions(path: Path) -> list[Prediction]:
         UserError: It cannot be read.
     """
     try:
-        return [Prediction(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+        lines = path.read_text(encoding="utf-8").split("\n")[1:-1]  # an answer may hold what splitlines splits at
+        return [Prediction(**json.loads(line)) for line in lines]
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not the predictions that were written ({error})") from None
 

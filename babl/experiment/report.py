@@ -56,14 +56,13 @@ PICTURES = (
     Picture(
         "matrix",
         "Trained in one arm, tested under another",
-        "Exact match in percent, mean over seeds. Outlined: tested as trained. Along a row, what one model makes of what "
-        "it is shown.",
+        "Exact match in percent, mean over seeds. Outlined: tested as trained. A row is one model, a column one test.",
         figures.heat_map,
     ),
     Picture(
         "strata",
         "Where the difference comes from",
-        "Hollow: the second arm of the primary contrast; orange: the first; the line between them is the difference. In "
+        "Hollow: the second arm of the primary contrast; orange: the first; the line between them: the difference. In "
         "brackets the number of questions. Strata describe; none is tested, and their intervals (in the CSV) are not "
         "corrected for being many.",
         figures.strata,
@@ -71,8 +70,8 @@ PICTURES = (
     Picture(
         "learning_curves",
         "Learning curves",
-        "Loss on the validation slice of the training articles. Thin: each seed; thick: their mean; dotted: a seed that "
-        "failed. Above at equal examples, below at equal arithmetic: arms with longer inputs lie further right.",
+        "Loss on the validation slice of the training articles. Thin: each seed; thick: their mean; dotted: failed. "
+        "Above at equal examples, below at equal arithmetic: arms with longer inputs lie further right.",
         figures.learning_curves,
     ),
     Picture(
@@ -98,22 +97,22 @@ PICTURES = (
     Picture(
         "positions",
         "Where in the context the answer stands",
-        "Exact match by the sentence that holds the answer, with 95 % intervals. A line that falls is a model that reads "
-        "the beginning only.",
+        "Exact match by the sentence that holds the answer, with 95 % intervals. A line that falls is a model that "
+        "does not read to the end.",
         figures.positions,
     ),
     Picture(
         "errors",
         "In which way answers are wrong",
-        "Green is right; the other colours are kinds of errors, told apart by rule. Numbers are percent of all answers.",
+        "Green is right; the other colours are kinds of errors, told apart by rule. Numbers: percent of all answers.",
         figures.errors,
     ),
     Picture(
         "same_arm",
         "A test of the test: seeds of one arm",
-        "p values where there is no arm to tell apart. Blue, for each article a coin decides whose answers are whose: "
-        "flat at the dashes if the test is right. Orange, one seed against another: what exceeds the dashes on the left "
-        "is how often two single runs would be told apart though only the seed differs.",
+        "p of the test by article where there is no arm to tell apart. Blue, for each article a coin decides whose "
+        "answers are whose: flat at the dashes if the test is right. Orange, one seed against another: what exceeds "
+        "the dashes on the left is how often two single runs would be told apart though only the seed differs.",
         figures.same_arm,
     ),
 )
@@ -155,6 +154,7 @@ def summarise(results: Results) -> dict[str, Any]:
         "counterfactual": analysis.counterfactual(results),
         "selective": worth,
         "cells": analysis.cell_rows(results),
+        "trials": analysis.trial_rows(results),
         "unequal": analysis.unequal(results),
         "post_hoc": analysis.post_hoc(results, compared),
         "overlap": results.overlap,
@@ -186,17 +186,16 @@ def answer(report: dict[str, Any], model: str) -> str:
         scored = sum(cell["state"] == "scored" for cell in cells)
         return f"Not known yet: of the {len(cells)} cells that would tell, {scored} are scored, none of them a pair."
     metric = report["plan"]["primary"]["metric"]
-    levels = {r["side"]: r[metric] for r in report["table"] if r["model"] == model}
     shown = row["p"] < LEVEL and (row["low"] > 0 or row["high"] < 0)
     verdict = ("Yes" if row["difference"] > 0 else "No, it harms") if shown else "Not shown"
     between = " and ".join(
-        f"{percent(levels[side])} % {IN_WORDS.get(side, f'in arm {side}')}" for side in (a, b) if side in levels
+        f"{percent(row[key])} % {IN_WORDS.get(side, f'in arm {side}')}" for key, side in (("mean_a", a), ("mean_b", b))
     )
     text = f"{verdict}. {METRICS[metric].capitalize()} is {between}: {difference(row)} points, p {is_p(row['p'])}."
-    placebo = next((r for r in rows if (r["a"], r["b"]) == (a, "random")), None)
-    return text + (
-        f" Against another article's text of the same length it is {difference(placebo)}." if placebo else ""
-    )
+    for placebo in rows:
+        if (placebo["a"], placebo["b"]) == (a, "random"):
+            text += f" Against another article's text of the same length it is {difference(placebo)}."
+    return text
 
 
 def draw_pictures(report: dict[str, Any]) -> list[dict[str, Any]]:

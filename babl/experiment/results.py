@@ -1,6 +1,5 @@
 """A finished or half-finished experiment folder, read into memory and held against the hashes of its plan."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,9 @@ from babl.data.contexts import View, see
 from babl.data.squad import Example, load_squad, to_squad
 from babl.errors import UserError
 from babl.evaluation.predictions import file_hash, read_predictions
+from babl.evaluation.runner import asked
 from babl.evaluation.squad import QuestionScore, Version, dataset_version, question_scores
+from babl.experiment.plan import load_plan
 
 State = Literal["planned", "failed", "trained", "scored"]
 Metric = Literal["exact", "f1"]
@@ -99,6 +100,7 @@ class Results:
         overlap: Contamination, as `babl.data.overlap` sums it up.
         classes: Threshold -> question id -> overlap class.
         cells: All that the plan names, by model, arm and seed.
+        trials: Of the grid: what the plan says of each, why it failed, and its validation scores once it has them.
         strangers: Names of folders under cells/ that the plan does not name; they are not read.
     """
 
@@ -108,12 +110,13 @@ class Results:
     overlap: dict[str, Any]
     classes: dict[str, dict[str, str]]
     cells: list[Cell]
+    trials: list[dict[str, Any]]
     strangers: list[str]
     _views: dict[str, list[View]] = field(default_factory=dict)
 
     @cached_property
-    def titles(self) -> np.ndarray:
-        """(N,) the article of each test question."""
+    def titles(self) -> Any:
+        """(N,) str, the article of each test question; an array, which the statistics take for a sequence."""
         return np.array([example.title for example in self.test])
 
     def views(self, condition: str) -> list[View]:
@@ -141,16 +144,8 @@ def rebuild_views(test: Sequence[Example], condition: str, seed: int) -> list[Vi
     views, missing = see(test, condition, seed)  # type: ignore[arg-type]
     if missing:
         qid, reason = min(missing.items())
-        raise UserError(
-            f"data/test.json: question {qid} has no {condition} context ({reason}), though the plan uses it"
-        )
+        raise UserError(f"data/test.json: question {qid} has no {condition} context ({reason}), but is in the plan")
     return views
-
-
-def plan_hash(plan: Mapping[str, Any]) -> str:
-    """Returns the sha256 of everything a plan says but its hash."""
-    rest = {key: value for key, value in plan.items() if key != "hash"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def read_results(folder: Path) -> Results:
@@ -161,12 +156,7 @@ def read_results(folder: Path) -> Results:
     Raises:
         UserError: A file is missing or not as it was written: its hash, or a score made anew, is another.
     """
-    plan = _json(folder / "plan.json")
-    if plan_hash(plan) != plan["hash"]:
-        raise UserError(
-            f"{folder / 'plan.json'}: its hash is {plan_hash(plan)[:12]}, but it says {str(plan['hash'])[:12]}: "
-            "the plan was changed after it was frozen"
-        )
+    plan = load_plan(folder).tree
     for name, expected in sorted(plan["data"]["sha256"].items()):
         _check(folder / "data" / name, expected, "the plan")
     test = load_squad(folder / "data" / "test.json")
@@ -181,15 +171,28 @@ def read_results(folder: Path) -> Results:
         overlap=_json(folder / "data" / "overlap.json"),
         classes=_json(folder / "data" / "classes.json"),
         cells=[_cell(folder / "cells" / cell["id"], cell, scorer) for cell in named],
-        strangers=sorted(there - {cell["id"] for cell in named}),
+        trials=[_trial(folder / "cells" / trial["id"], trial) for trial in plan["trials"]],
+        strangers=sorted(there - {cell["id"] for cell in [*named, *plan["trials"]]}),
     )
+
+
+def _stages(folder: Path) -> list[Any]:
+    """Returns what trained.json, scored.json and seconds.json hold, None where a stage is not done."""
+    paths = [folder / f"{name}.json" for name in ("trained", "scored", "seconds")]
+    return [_json(path) if path.exists() else None for path in paths]
+
+
+def _trial(folder: Path, named: Mapping[str, Any]) -> dict[str, Any]:
+    trained, scored, _ = _stages(folder)
+    row = {key: named[key] for key in ("id", "model", "arm", "seed", "settings")}
+    for condition, claim in (scored or {}).items():
+        _check(folder / "predictions" / f"{condition}.jsonl", claim["predictions"], "scored.json")
+        row |= {"exact": claim["exact"], "f1": claim["f1"]}
+    return row | {"failed": trained["failed"] if trained else None}
 
 
 def _cell(folder: Path, named: Mapping[str, Any], scorer: "_Scorer") -> Cell:
-    trained, scored, seconds = (
-        _json(folder / f"{name}.json") if (folder / f"{name}.json").exists() else None
-        for name in ("trained", "scored", "seconds")
-    )
+    trained, scored, seconds = _stages(folder)
     outcomes = {}
     for condition, claim in sorted((scored or {}).items()) if trained and not trained["failed"] else ():
         path = folder / "predictions" / f"{condition}.jsonl"
@@ -201,7 +204,7 @@ def _cell(folder: Path, named: Mapping[str, Any], scorer: "_Scorer") -> Cell:
 class _Scorer:
     """Scores predictions against what is right under their condition."""
 
-    def __init__(self, test: Sequence[Example], context_seed: int):
+    def __init__(self, test: list[Example], context_seed: int):
         self.test, self.context_seed = test, context_seed
         self.version: Version = dataset_version(to_squad(test))
         self.datasets: dict[bool, dict[str, Any]] = {}  # by whether the answers are rewritten
@@ -209,6 +212,9 @@ class _Scorer:
     def outcome(self, path: Path, condition: str, claim: Mapping[str, Any]) -> Outcome:
         """Returns the answers in a file and their scores, which must be those claimed."""
         rows = {row.id: row for row in read_predictions(path)}
+        lost = [e.id for e in self.test if e.id not in rows]
+        if lost:
+            raise UserError(f"{path}: {len(lost)} of {len(self.test)} questions have no answer, first {lost[0]}")
         scores = self.score({qid: row.prediction for qid, row in rows.items()}, condition)
         exact, f1 = (np.array([100 * getattr(s, key) for s in scores.values()]) for key in ("exact", "f1"))
         for key, values in (("exact", exact), ("f1", f1)):
@@ -232,16 +238,10 @@ class _Scorer:
         """Returns the scores by question id, in the order of the test questions."""
         rewritten = condition == REWRITTEN
         if rewritten not in self.datasets:
-            self.datasets[rewritten] = self._dataset(condition)
+            views = rebuild_views(self.test, condition, self.context_seed) if rewritten else []
+            self.datasets[rewritten] = asked(self.test, views) if rewritten else to_squad(self.test)
         scores = question_scores(self.datasets[rewritten], predictions, self.version)
         return {example.id: scores[example.id] for example in self.test}
-
-    def _dataset(self, condition: str) -> dict[str, Any]:
-        if condition != REWRITTEN:
-            return to_squad(self.test)
-        views = rebuild_views(self.test, condition, self.context_seed)
-        qas = [{"id": view.id, "answers": [{"text": gold} for gold in view.golds]} for view in views]
-        return {"data": [{"title": "", "paragraphs": [{"qas": qas}]}]}
 
 
 def _check(path: Path, expected: str, source: str) -> None:

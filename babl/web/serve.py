@@ -1,5 +1,6 @@
 """What `babl serve` runs: one web process, which starts the engine's and answers until it is told to end."""
 
+import asyncio
 import fcntl
 import ipaddress
 import os
@@ -85,11 +86,13 @@ def serve(place: Place) -> int:
 
         from babl.web.asgi import Application
         from babl.web.chat.access import link
-        from babl.web.chat.database import write
+        from babl.web.chat.database import claim, write
         from babl.web.chat.hub import hub
         from babl.web.chat.services import local_user
         from babl.web.engine.client import DEFAULT_FOLDERS, EngineClient
 
+        if not asyncio.run(write(claim)):
+            raise UserError("DATABASE_URL: another server has this database; end it, or choose another one")
         host = f"[{place.host}]" if ":" in place.host else place.host
         link.address = f"http://{host}:{listening.getsockname()[1]}"
 

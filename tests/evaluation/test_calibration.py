@@ -85,9 +85,10 @@ def test_models_that_differ_by_noise_alone_are_not_told_apart_too_often(seeds):
 
 
 @pytest.mark.slow
-def test_few_seeds_that_make_nearly_all_of_the_variance_are_still_taken_for_what_they_are():
+def test_few_seeds_that_make_most_of_the_variance_are_still_taken_for_what_they_are():
     rng, sizes = np.random.default_rng(2), article_sizes(48)
-    assert np.mean([crossed_test(*scores(rng, 3, sizes, 16.0)) < 0.05 for _ in range(TRIALS)]) < 0.075
+    rejected = [crossed_test(*scores(rng, 3, sizes, 6.0)) < 0.05 for _ in range(3 * TRIALS)]
+    assert 0.05 < np.mean(rejected) < 0.07  # Satterthwaite's own degrees of freedom pass 7 %
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from babl.data.fictional import fictional_corpus
 from babl.data.squad import parse_squad
 from babl.errors import UserError
 from babl.evaluation import predictions
-from babl.evaluation.predictions import Asking, answer_key, predict, predict_into, read_predictions
+from babl.evaluation.predictions import Asking, Prediction, answer_key, predict, predict_into, read_predictions
 from babl.evaluation.runner import evaluate
 from babl.generation import Engine
 from babl.models import save_pretrained
@@ -93,6 +94,14 @@ def test_an_evaluation_leaves_out_what_cannot_be_built_and_scores_new_golds(engi
     one_article = [e for e in examples if e.title == examples[0].title]
     with pytest.raises(UserError, match="--context random can be built for none of"):
         evaluate(engine, one_article, "random", ASKING)
+
+
+def test_an_answer_may_hold_any_character(tmp_path):
+    path = tmp_path / "p.jsonl"
+    rows = [Prediction(f"q{i}", f"one{end}two", -1.0, 2, True, 1) for i, end in enumerate("\u2028\x85\x1e\r")]
+    with path.open("w", encoding="utf-8") as file:
+        predictions._append(file, [{"key": "k"}, *map(asdict, rows)])
+    assert read_predictions(path) == rows
 
 
 def test_a_file_of_something_else_is_named(tmp_path):

@@ -1,8 +1,10 @@
 """A small experiment whose truth is known, as its folder would stand after the run: written, not trained."""
 
+import copy
 import hashlib
 import json
 import random
+import shutil
 
 import pytest
 
@@ -10,8 +12,10 @@ from babl.data.contexts import see
 from babl.data.fictional import chance_exact, fictional_corpus
 from babl.data.overlap import find_overlap
 from babl.data.squad import load_squad, parse_squad, to_squad
+from babl.evaluation.predictions import file_hash
 from babl.evaluation.squad import score
-from babl.experiment.results import plan_hash
+from babl.experiment.plan import tree_hash
+from babl.experiment.report import write_report
 from babl.experiment.strata import STRATA
 
 MODEL = "tiny-t5"
@@ -19,10 +23,6 @@ ARMS = ("none", "random", "gold")
 TESTS = ("none", "random", "gold", "counterfactual")
 SEEDS = (0, 1, 2)
 READS = 0.9  # share of the questions that the gold arm answers from the context
-
-
-def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write(path, value):
@@ -66,7 +66,9 @@ class Experiment:
         write(folder / "data" / "overlap.json", overlap.summary)
         write(folder / "data" / "classes.json", {"strict": overlap.classes, "loose": overlap.loose_classes})
         self.cells = [
-            {"id": f"{arm}-{seed}", "model": MODEL, "arm": arm, "seed": seed} for arm in ARMS for seed in SEEDS
+            {"id": f"{arm}-{seed}", "model": MODEL, "arm": arm, "seed": seed, "settings": {}}
+            for arm in ARMS
+            for seed in SEEDS
         ]
         self.plan = {
             "name": "known truth",
@@ -79,13 +81,14 @@ class Experiment:
             "arms": list(ARMS),
             "tests": list(TESTS),
             "seeds": list(SEEDS),
-            "grid": {"lr": [0.001]},
+            "grid": {},
+            "trials": [],
             "strata": list(STRATA),
             "failure_loss": None,
             "bootstrap_samples": 200,
             "decoding": {"max_new_tokens": 16},
             "data": {
-                "sha256": {path.name: sha256(path) for path in sorted((folder / "data").iterdir())},
+                "sha256": {path.name: file_hash(path) for path in sorted((folder / "data").iterdir())},
                 "context_seed": 0,
             },
             "excluded": {"train": {}, "test": excluded},
@@ -95,7 +98,7 @@ class Experiment:
         self.freeze()
 
     def freeze(self):
-        write(self.folder / "plan.json", self.plan | {"hash": plan_hash(self.plan)})
+        write(self.folder / "plan.json", self.plan | {"hash": tree_hash(self.plan)})
 
     def cell(self, cell):
         return self.folder / "cells" / cell["id"]
@@ -114,7 +117,7 @@ class Experiment:
         ]
         trained = {"failed": failed, "weights": hashlib.sha256(cell["id"].encode()).hexdigest(), "parameters": 12345}
         trained |= points[-1] | {"steps": 40, "final_loss": 0.25, "order": f"order of seed {seed}"}
-        trained |= {"curve": points, "chosen": {"lr": 0.001}}
+        trained |= {"curve": points, "chosen": {"optim.lr": 0.001}}
         write(self.cell(cell) / "trained.json", trained)
         write(self.cell(cell) / "seconds.json", {"train": 12.5, "predict": 3.25})
 
@@ -140,7 +143,12 @@ class Experiment:
         qas = [{"id": qid, "answers": [{"text": gold} for gold in of]} for qid, of in golds.items()]
         dataset = {"data": [{"title": "", "paragraphs": [{"qas": qas}]}]}
         found = score(dataset, {line["id"]: line["prediction"] for line in lines[1:]})
-        return {"exact": found["exact_match"], "f1": found["f1"], "total": found["total"], "predictions": sha256(path)}
+        return {
+            "exact": found["exact_match"],
+            "f1": found["f1"],
+            "total": found["total"],
+            "predictions": file_hash(path),
+        }
 
     def finish(self, cell):
         self.train(cell)
@@ -153,9 +161,20 @@ def experiment(tmp_path):
     return Experiment(tmp_path / "experiment")
 
 
+@pytest.fixture(scope="session")
+def reported(tmp_path_factory):
+    """An experiment with all cells done and its report written; not to be changed."""
+    these = Experiment(tmp_path_factory.mktemp("reported"))
+    for cell in these.cells:
+        these.finish(cell)
+    write_report(these.folder)
+    return these
+
+
 @pytest.fixture
-def finished(experiment):
-    """The same with all cells done."""
-    for cell in experiment.cells:
-        experiment.finish(cell)
-    return experiment
+def finished(reported, tmp_path):
+    """A copy with all cells done, without a report."""
+    these = copy.deepcopy(reported)
+    these.folder = tmp_path / "experiment"
+    shutil.copytree(reported.folder, these.folder, ignore=shutil.ignore_patterns("report"))
+    return these

@@ -140,8 +140,9 @@ def test_models_differ_by_their_overrides(tmp_path, run):
         ({"arms": ["none", "gold", "blank"]}, r"experiment\.tests lacks blank"),
         (
             {"primary": ["gold", "random"]},
-            r"experiment\.primary: \['gold', 'random'\] is not a pair of experiment\.arms",
+            r"experiment\.primary: \['gold', 'random'\] is no pair of arms, or of arm@condition",
         ),
+        ({"arms": ["mixture"], "primary": ["mixture", "mixture@none"]}, r"\['mixture', 'mixture@none'\] is no pair"),
         ({"validation_share": 1.5}, r"experiment\.validation_share is 1\.5, expected between 0 and 1"),
         ({"max_new_tokens": 0}, r"experiment\.max_new_tokens is 0, expected at least 1"),
     ],

@@ -85,15 +85,15 @@ class Person:
 class Server:
     """`babl serve` on a data folder, with an engine that does as the questions say."""
 
-    def __init__(self, data: Path, environment: dict[str, str]):
-        self.data, self.environment = data, environment
+    def __init__(self, data: Path, environment: dict[str, str], models: Path | None = None):
+        self.data, self.environment, self.models = data, environment, models or data
         self.log = data.with_suffix(".log")
         self.data.mkdir(exist_ok=True)
         self.address = ""
         self.process: subprocess.Popen | None = None
 
     def start(self, *options: str) -> "Server":
-        command = [sys.executable, "-m", "babl.cli", "serve", "--data", str(self.data), "--models", str(self.data)]
+        command = [sys.executable, "-m", "babl.cli", "serve", "--data", str(self.data), "--models", str(self.models)]
         environment = os.environ | {"BABL_SCRIPTED": "1", "OMP_NUM_THREADS": "1"} | self.environment
         environment.setdefault("BABL_QUESTIONS_PER_MINUTE", "100000")
         with self.log.open("w") as log:
@@ -173,6 +173,14 @@ class PostgreSQL:
         shutil.rmtree(self.folder)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+def pytest_collection_modifyitems(items):
+    """On PostgreSQL, the tests that are not about what is stored are slow ones: they take another minute."""
+    for item in items:
+        if "postgresql" in item.name and item.path.stem in ("test_api", "test_faults", "test_isolation", "test_serve"):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def postgresql():
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[4]))
@@ -197,8 +205,8 @@ def serving():
     """A context manager: a server on a data folder, in an environment."""
 
     @contextlib.contextmanager
-    def context(data: Path, environment: dict[str, str]):
-        server = Server(data, environment)
+    def context(data: Path, environment: dict[str, str], models: Path | None = None):
+        server = Server(data, environment, models)
         try:
             yield server.start()
         finally:

@@ -159,10 +159,7 @@ def _error_json(refusal: Refusal) -> dict[str, Any]:
 
 
 def _error(refusal: Refusal) -> JsonResponse:
-    response = JsonResponse(_error_json(refusal), status=refusal.status)
-    if refusal.retry_after is not None:
-        response.headers["Retry-After"] = str(max(1, round(refusal.retry_after)))
-    return response
+    return JsonResponse(_error_json(refusal), status=refusal.status, headers=refusal.headers())
 
 
 def _body(request: HttpRequest, kind: type) -> Any:

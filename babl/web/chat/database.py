@@ -18,6 +18,7 @@ from django.dispatch import receiver
 P = ParamSpec("P")
 T = TypeVar("T")
 NAME = "babl-writer"
+CLAIM = 0x6261626C  # a number that stands for servers of Babl
 PAGES = 1000  # of the journal, before it is moved into the database
 
 _writer = ThreadPoolExecutor(1, NAME)
@@ -32,6 +33,19 @@ async def write(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
 def _on_connection(function: Callable[[], T]) -> T:
     connection.close_if_unusable_or_obsolete()  # a server may have hung up in the last call
     return function()
+
+
+def claim() -> bool:
+    """Returns whether no other server has this database, as far as PostgreSQL knows; then it is the caller's.
+
+    Called on the writer's thread, whose connection keeps the claim. Two servers that share an embedded database share
+    its folder, which `babl.web.serve` sees to.
+    """
+    if connection.vendor != "postgresql":
+        return True
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_try_advisory_lock(%s)", [CLAIM])
+        return cursor.fetchone()[0]
 
 
 @receiver(connection_created)

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -34,12 +35,12 @@ class Refusal(Exception):
     def response(self) -> JsonResponse:
         """Returns it as JSON."""
         error: dict[str, Any] = {"code": self.code, "message": self.message}
-        found = JsonResponse({"error": error, **self.more}, status=self.status)
-        if self.retry_after is not None:
-            error["retry_after"] = self.retry_after
-            found = JsonResponse({"error": error, **self.more}, status=self.status)
-            found.headers["Retry-After"] = str(max(1, round(self.retry_after)))
-        return found
+        error |= {} if self.retry_after is None else {"retry_after": self.retry_after}
+        return JsonResponse({"error": error, **self.more}, status=self.status, headers=self.headers())
+
+    def headers(self) -> dict[str, str]:
+        """Returns when to come again, where that is known."""
+        return {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
 
 
 STATUSES = {"model": 422, "busy": 429, "prompt": 422, "engine": 503}  # of what the engine says

@@ -201,13 +201,14 @@ class Hub:
 
         That they were refused is then stored.
         """
+        refused: list[Running] = []
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_WORD_SECONDS):
                 for running in begun:
                     await running.heard.wait()
-        refused = [running for running in begun if running.failure and running.failure.code == "busy"]
-        for running in refused:
-            await running.over.wait()
+                refused = [running for running in begun if running.failure and running.failure.code == "busy"]
+                for running in refused:
+                    await running.over.wait()
         return refused[0].failure if refused else None
 
     async def stop(self, id: str) -> bool:
@@ -313,14 +314,13 @@ class Hub:
                 for question, end in zip(part, ends, strict=True)
                 if isinstance(end, Done)
             ]
-            failed = [end for end in ends if isinstance(end, Failed)]
-            facts = dict([("weights", end.weights) for end in ends if isinstance(end, Done)][:1])
-            if failed:
-                facts["error_message"] = failed[0].message
-            status = Status.ERROR if failed else Status.RUNNING
-            await write(services.change_run, run.id, status, answers, **facts)
-            if failed:
+            weights = next((end.weights for end in ends if isinstance(end, Done)), run.weights)
+            failed = next((end for end in ends if isinstance(end, Failed)), None)
+            if failed is not None:
+                facts = {"weights": weights, "error_message": failed.message}
+                await write(services.change_run, run.id, Status.ERROR, answers, **facts)
                 return
+            await write(services.change_run, run.id, Status.RUNNING, answers, weights=weights)
         await write(services.change_run, run.id, Status.DONE)
 
     async def _answer_one(self, run: Run, question: Question, user: str) -> Done | Failed:

@@ -13,7 +13,6 @@ from django.db.models import Q, QuerySet
 
 from babl.evaluation.squad import question_scores
 from babl.web.chat.models import (
-    LIVE,
     ApiKey,
     Conversation,
     Feedback,
@@ -333,12 +332,6 @@ def history(messages: Sequence[Message]) -> list[Turn]:
         if answered.generation.status in (Status.DONE, Status.STOPPED) and answered.content:
             turns += [Turn(role=m.role, content=m.content) for m in (asked, answered)]
     return [*turns, Turn(role="user", content=question.content)]
-
-
-def live(user: Any) -> list[str]:
-    """Returns the ids of the user's answers that are being written."""
-    found = Generation.objects.filter(message__conversation__owner=user, status__in=LIVE)
-    return [str(id) for id in found.values_list("message_id", flat=True)]
 
 
 def search(user: Any, query: str, limit: int = LIST) -> list[dict[str, Any]]:

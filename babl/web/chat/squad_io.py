@@ -104,5 +104,5 @@ def corrected(given: Feedback) -> Example | None:
     if start is None and not none:
         return None
     answers = () if none else (Answer(passage.text[start:end], start),)
-    title = passage.title or passage.sha256[:12]
+    title = f"{passage.title} {passage.sha256[:8]}"  # an article of its own, for training splits by article
     return Example(str(question.id), title, question.content, passage.text, answers)

@@ -85,8 +85,6 @@ from babl.web.chat.hub import Running, hub
 from babl.web.engine.protocol import Settings
 from babl.web.middleware import unknown
 
-EXPORT_HEADERS = {"X-Content-Type-Options": "nosniff"}
-
 
 class NewConversation(services.ConversationChange, forbid_unknown_fields=True):
     """A conversation's first settings, and the id the client gives it."""
@@ -292,7 +290,7 @@ async def export_all(request: HttpRequest) -> HttpResponse:
 
 
 def _file(data: str | bytes, name: str, kind: str) -> HttpResponse:
-    headers = EXPORT_HEADERS | {"Content-Disposition": content_disposition_header(True, name) or "attachment"}
+    headers = {"Content-Disposition": content_disposition_header(True, name) or "attachment"}
     return HttpResponse(data, content_type=kind, headers=headers)
 
 

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 import pytest
 
 CHROMIUM = "/usr/bin/chromium"
-WAIT = 10_000  # milliseconds for what should be there
+WAIT = 30_000  # milliseconds for what should be there, also on a machine that is busy
 
 
 class Tab:

@@ -17,6 +17,10 @@ const others = new BroadcastChannel("babl"); // tabs of this browser
 let state = EMPTY;
 let fresh = { system_prompt: "", settings: {} }; // how a conversation that is not stored yet is answered
 let seenPassage = null;
+let opening = null; // the last page that was asked for
+let sending = false;
+let loading = false;
+let retry = null;
 
 function dispatch(action) {
   const before = state;
@@ -35,9 +39,9 @@ function render() {
   document.title = `${title} - Babl`;
   $("welcome").hidden = state.messages.length > 0;
   $("earlier").hidden = !state.more;
-  const busy = Object.keys(state.live).length > 0;
-  $("stop").hidden = !busy;
-  $("send").hidden = busy;
+  const answering = Object.keys(state.live).length > 0;
+  $("stop").hidden = !answering;
+  $("send").hidden = answering;
   $("open-settings").classList.toggle("changed", changed(how()) > 0);
   $("conversation-menu").hidden = !conversation;
   say(summary(state));
@@ -79,7 +83,8 @@ async function refresh() {
     if (error.status === 404) return leave();
     if (error.status === 401) return fail(error);
     say("The connection is lost; trying again", true);
-    setTimeout(refresh, 2000);
+    clearTimeout(retry);
+    retry = setTimeout(refresh, 2000);
   }
 }
 
@@ -89,6 +94,7 @@ function follow() {
 
 /** Shows a conversation, with this message in sight where one is given. */
 async function open(id, message = null, push = true) {
+  const wanted = (opening = Symbol(id));
   stream.close();
   try {
     let snapshot = await call("GET", `/api/conversations/${id}`);
@@ -98,6 +104,7 @@ async function open(id, message = null, push = true) {
       snapshot = await call("GET", `/api/conversations/${id}`);
       await pagesUp(id, snapshot, message);
     }
+    if (wanted !== opening) return;
     if (push && location.pathname !== `/c/${id}/`) history.pushState({}, "", `/c/${id}/`);
     const { conversation } = state;
     if (conversation && conversation.id !== id) dispatch({ type: "clear" });
@@ -143,6 +150,7 @@ function point(message) {
 
 /** The page is ready for a new conversation. */
 function leave(push = true) {
+  opening = null;
   stream.close();
   if (push && location.pathname !== "/") history.pushState({}, "", "/");
   dispatch({ type: "clear" });
@@ -184,9 +192,9 @@ async function earlier() {
 async function send() {
   if (Object.keys(state.live).length || !composer.draft.content.trim() || sending) return;
   if (!models.name) return models.open();
-  sending = true;
-  say("Sending");
+  const page = opening;
   const { conversation, draft } = composer;
+  busy(true);
   try {
     const body = composer.request();
     if (!conversation) {
@@ -199,24 +207,33 @@ async function send() {
       if (!error.data?.question) throw error;
       fail(error); // it is stored, although there was no room for its answer
     }
+    if (page !== opening) { // another conversation is shown by now
+      composer.forget(conversation);
+      return sidebar.refresh();
+    }
     composer.sent();
     if (!conversation) history.pushState({}, "", `/c/${id}/`);
-    await took(id);
+    await attempt(took(id));
   } catch (error) {
     fail(error);
     say(`Not ${error.code === "not_saved" ? "saved" : "sent"}. What you wrote is still here.`, true);
   } finally {
-    sending = false;
+    busy(false);
   }
 }
-let sending = false;
+
+function busy(now) {
+  sending = now;
+  $("content").readOnly = now;
+  if (now) say("Sending");
+}
 
 /** The server has more of this conversation. */
 async function took(id) {
   const snapshot = await call("GET", `/api/conversations/${id}`);
   composer.conversation = id;
   composer.draft.conversation = id;
-  sending = false; // the next question may follow at once
+  busy(false); // the next question may follow at once
   dispatch({ type: "snapshot", snapshot });
   follow();
   transcript.toEnd();
@@ -259,7 +276,7 @@ const acts = {
     if (answer.passage) await panel.correct(find(state, answer.id));
   },
   async copied(text) {
-    await navigator.clipboard.writeText(text).then(() => toast("Copied"), () => toast("The browser does not let this page copy."));
+    await (navigator.clipboard?.writeText(text) ?? Promise.reject()).then(() => toast("Copied"), () => toast("The browser does not let this page copy."));
   },
 };
 
@@ -355,7 +372,6 @@ $("earlier").addEventListener("click", earlier);
 $("scroll").addEventListener("scroll", () => {
   if ($("scroll").scrollTop < 120 && state.more && !loading) (loading = true), earlier().finally(() => (loading = false));
 });
-let loading = false;
 $("open-settings").addEventListener("click", options);
 $("conversation-menu").addEventListener("click", () => menu($("conversation-menu"), sidebar.items(state.conversation)));
 $("welcome-passage").addEventListener("click", () => composer.attach());

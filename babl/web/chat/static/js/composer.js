@@ -63,9 +63,14 @@ export class Composer {
     }
   }
 
+  /** The draft of a conversation is dropped. */
+  forget(conversation) {
+    localStorage.removeItem(key(conversation));
+  }
+
   /** The server has the question. */
   sent() {
-    localStorage.removeItem(key(this.conversation));
+    this.forget(this.conversation);
     this.draft = { ...BLANK, passage: this.draft.passage, models: this.draft.models, both: this.draft.both, comparing: this.draft.comparing, kind: this.draft.kind };
     this.#write();
   }
@@ -148,7 +153,7 @@ export class Composer {
       chips.push(h("span", { class: "chip" }, icon("edit"), h("span", { text: "Asked anew beside the old question" }), iconButton("close", "Do not edit", () => this.cancelEdit())));
     }
     if (draft.comparing && !draft.choosing) {
-      const text = `${draft.models.join(", ")}${draft.both ? ", with and without the passage" : ""}`;
+      const text = `${draft.models.join(", ")}${draft.both && draft.passage ? ", with and without the passage" : ""}`;
       chips.push(h("span", { class: "chip" }, icon("columns"), h("button", { type: "button", class: "link", text, title: "Side by side", onclick: () => this.toggleCompare(true) }),
         iconButton("close", "Do not compare", () => this.toggleCompare(false))));
     }

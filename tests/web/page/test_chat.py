@@ -169,6 +169,27 @@ def test_what_is_written_survives_until_the_server_has_it_and_is_sent_once(tab):
     assert len(tab.api(f"/api/conversations/{tab.id}")["messages"][0]["siblings"]) == 1
 
 
+def test_a_question_on_its_way_disturbs_no_other_conversation(tab):
+    tab.ask("tokens=1 here")
+    here = tab.id
+    tab.new().ask("tokens=1 there")
+    there, held = tab.id, []
+    tab.page.route("**/messages", held.append, times=1)
+    tab.page.fill("#content", "tokens=1 late")
+    tab.page.press("#content", "Enter")
+    tab.says("Sending")
+    tab.page.click(f"#list a[href='/c/{here}/']")
+    tab.expect(tab.page.locator(".turn.user .said")).to_have_text("tokens=1 here")
+    with tab.page.expect_response("**/messages"):
+        held[0].continue_()
+    tab.expect(tab.page.locator("#content")).to_be_editable()
+    tab.expect(tab.page.locator("#content")).to_have_value("")
+    assert tab.id == here and tab.page.locator(".turn.user").count() == 1
+    tab.visit(f"/c/{there}/").says("Answered")
+    tab.expect(tab.page.locator(".turn.user")).to_have_count(2)
+    tab.expect(tab.page.locator("#content")).to_have_value("")
+
+
 def test_what_the_server_cannot_store_stays_on_the_page(tab):
     tab.expected = ["Failed to load resource"]
     error = {"error": {"code": "not_saved", "message": "the server could not store this; is its disk full?"}}

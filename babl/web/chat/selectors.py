@@ -164,10 +164,19 @@ def thread(user: Any, id: UUID, before: UUID | None = None, limit: int = PAGE) -
     for m in messages:
         row = message_json(m)
         group = row.get("comparison")
-        row["siblings"] = [str(sibling) for sibling, _ in siblings[m.parent_id]]
+        row["siblings"] = _siblings(m, siblings[m.parent_id])
         row["columns"] = [message_json(column) for column in beside[UUID(group)]] if group else []
         found.append(row)
     return {"messages": found, "more": bool(messages and messages[0].parent_id)}
+
+
+def _siblings(m: Message, all_of_them: Sequence[tuple[UUID, UUID | None]]) -> list[str]:
+    """Returns what can be shown in the message's place, itself included; answers side by side are one."""
+    found: dict[UUID, UUID] = {}
+    for id, comparison in all_of_them:
+        place = comparison or id
+        found[place] = m.id if id == m.id else found.get(place, id)
+    return [str(id) for id in found.values()]
 
 
 def conversation_json(shown: Conversation) -> dict[str, Any]:
@@ -342,9 +351,12 @@ def search(user: Any, query: str, limit: int = LIST) -> list[dict[str, Any]]:
         for each in in_title.order_by("-updated")[:limit]
     }
     for hit in _matches(user, words).order_by("-created", "-id")[: 4 * limit]:
-        if hit.conversation_id not in found and len(found) < limit:
-            facts = {"message": str(hit.id), "excerpt": excerpt(hit.content, words)}
+        there = found.get(hit.conversation_id)
+        facts = {"message": str(hit.id), "excerpt": excerpt(hit.content, words)}
+        if there is None and len(found) < limit:
             found[hit.conversation_id] = conversation_json(hit.conversation) | facts
+        elif there is not None and there["message"] is None:
+            there |= facts
     return list(found.values())
 
 

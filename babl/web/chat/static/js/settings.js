@@ -1,0 +1,67 @@
+// Export and import, corrections, and the keys of the API.
+
+import { call } from "./api.js";
+import { confirmed, fillIcons, h, toast } from "./dom.js";
+import { plural, when } from "./text.js";
+
+const $ = (id) => document.getElementById(id);
+
+async function attempt(promise) {
+  try {
+    return await promise;
+  } catch (error) {
+    toast(error.message);
+    return null;
+  }
+}
+
+async function keys() {
+  const found = await attempt(call("GET", "/api/keys"));
+  if (!found) return;
+  const revoke = async (key) => {
+    if (!(await confirmed(`Programs that use “${key.name}” will not come in any more.`, "Revoke"))) return;
+    await attempt(call("DELETE", `/api/keys/${key.id}`));
+    await keys();
+  };
+  $("keys").replaceChildren(...found.keys.map((key) => h("li", {},
+    h("span", { text: key.name, dir: "auto" }), h("code", { text: `${key.prefix}…` }), h("span", { class: "note", text: when(key.created) }),
+    h("button", { type: "button", class: "plain-button small", text: "Revoke", "aria-label": `Revoke ${key.name}`, onclick: () => revoke(key) }))));
+}
+
+$("new-key").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const made = await attempt(call("POST", "/api/keys", { name: event.target.elements.name.value }));
+  if (!made) return;
+  event.target.reset();
+  $("key").hidden = false;
+  $("key-text").textContent = made.key;
+  $("key-text").focus();
+  await keys();
+});
+
+$("import").addEventListener("change", async (event) => {
+  const [file] = event.target.files;
+  event.target.value = "";
+  const found = file && (await attempt(call("POST", "/api/import", file)));
+  if (!found) return;
+  const { conversations, messages, passages } = found;
+  const news = conversations + messages + passages;
+  $("status").textContent = news
+    ? `Imported ${plural(conversations, "conversation")}, ${plural(messages, "message")} and ${plural(passages, "passage")}.`
+    : "All of it was here already; nothing has changed.";
+  toast($("status").textContent);
+});
+
+$("feedback").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const query = new URLSearchParams(new FormData(event.target, event.submitter));
+  const found = await attempt(call("GET", `/api/feedback/export?${query}`));
+  if (!found) return;
+  const link = h("a", { href: URL.createObjectURL(new Blob([JSON.stringify(found)], { type: "application/json" })), download: `feedback-${query.get("part")}.json` });
+  link.click();
+  URL.revokeObjectURL(link.href);
+});
+
+$("origin").textContent = location.origin;
+fillIcons();
+keys();

@@ -52,7 +52,7 @@ def test_the_link_works_once_and_the_session_stays(own_server):
     link = own_server.link
     first = httpx.get(link)
     assert first.status_code == 302 and "HttpOnly" in first.headers["set-cookie"]
-    assert httpx.get(link).status_code == 401 and "that link was used" in httpx.get(link).text
+    assert httpx.get(link).status_code == 401 and "That link was used" in httpx.get(link).text
     assert httpx.get(own_server.address).status_code == 401
     assert own_server.person().conversation(), "the terminal shows the next one"
     cookies = {"babl_session": first.cookies["babl_session"]}

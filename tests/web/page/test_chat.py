@@ -174,7 +174,7 @@ def test_a_question_on_its_way_disturbs_no_other_conversation(tab):
     here = tab.id
     tab.new().ask("tokens=1 there")
     there, held = tab.id, []
-    tab.page.route("**/messages", held.append, times=1)
+    tab.page.route("**/messages", lambda route: held.append(route), times=1)
     tab.page.fill("#content", "tokens=1 late")
     tab.page.press("#content", "Enter")
     tab.says("Sending")

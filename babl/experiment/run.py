@@ -144,12 +144,14 @@ def _train(plan: Plan, cell: Cell, leave: Callable[[], bool]) -> None:
         process = subprocess.Popen(
             [sys.executable, "-m", *program], stdout=log, stderr=log, env=os.environ | {MARK: str(folder.absolute())}
         )
+        told = False
         while process.poll() is None:
-            if leave():
+            if not told and leave():
                 process.send_signal(signal.SIGTERM)  # it saves, and leaves within a step
-                process.wait()
+                told = True
             time.sleep(0.1)
-    if process.returncode == EXIT_PREEMPTED:
+    # The signal may find it before it can listen, or, where SLURM has told it already, on its way out.
+    if process.returncode == EXIT_PREEMPTED or (told and process.returncode == -signal.SIGTERM):
         raise Left
     failed = _failure(folder, process.returncode)
     trained: Tree = {"failed": failed, "chosen": settings}

@@ -98,9 +98,17 @@ class Tab:
 
 
 @pytest.fixture(scope="session")
-def database():
-    """The embedded one; what the page shows does not depend on it."""
-    return dict
+def server(tmp_path_factory, serving):
+    """One on the embedded database: what the page shows does not depend on it."""
+    with serving(tmp_path_factory.mktemp("page"), {}) as this:
+        yield this
+
+
+@pytest.fixture
+def own_server(tmp_path, serving):
+    """A server that a test may end as it likes."""
+    with serving(tmp_path / "data", {}) as this:
+        yield this
 
 
 @pytest.fixture(scope="module")  # while it lives, no event loop can run beside it

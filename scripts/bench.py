@@ -564,7 +564,7 @@ def main(argv: list[str] | None = None) -> int:
     print(_markdown(rows))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"machine": _machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        args.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -581,9 +581,10 @@ def _number(value: Any) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Returns what figures were taken on: processors, devices, versions."""
     installed = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
-    packages = ("torch", "transformers", "deepspeed", "tokenizers", "safetensors")
+    packages = ("torch", "transformers", "deepspeed", "tokenizers", "safetensors", "Django", "uvicorn")
     versions = {name: installed[name] for name in packages if name in installed}
     cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     facts = {"cpu": cpu.split(":")[1].strip(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}

@@ -1,8 +1,8 @@
 """Puts a load on `babl serve` and tells what became of it: `python scripts/web_load.py --out benchmarks/web-load.json`.
 
-So many users each ask, read the answer as it is streamed, and ask on in the same conversation. The engine is a scripted
-one, or with --model a real model. Every answer is compared with what is stored in the end; meanwhile /healthz is asked
-ten times a second. DATABASE_URL chooses another database than SQLite.
+So many users each ask, read the answer as it is streamed, and ask on, twenty times in a conversation. The engine is a
+scripted one, or with --model a real model. Every answer is compared with what is stored in the end; meanwhile /healthz
+is asked ten times a second. DATABASE_URL chooses another database than SQLite.
 """
 
 import argparse
@@ -24,6 +24,9 @@ import httpx
 import numpy as np
 import psutil
 
+from babl.scripts.bench import machine
+
+TURNS = 20  # questions of a conversation
 SCRIPT = "tokens=40 delay=0.05 the quick brown fox jumps over the lazy dog"  # two seconds, twenty words each
 
 
@@ -63,9 +66,10 @@ async def frames(http: httpx.AsyncClient, stream: str) -> AsyncIterator[tuple[st
 
 async def user(http: httpx.AsyncClient, model: str, seconds: float, figures: Figures) -> None:
     """Asks and reads until the time is over."""
-    conversation = (await http.post("/api/conversations", json={})).raise_for_status().json()["id"]
-    parent, end = None, time.monotonic() + seconds
+    turns, end = 0, time.monotonic() + seconds
     while time.monotonic() < end:
+        if turns % TURNS == 0:
+            parent, conversation = None, (await http.post("/api/conversations", json={})).json()["id"]
         begun, text, first = time.monotonic(), "", None
         body: dict[str, Any] = {"client_id": str(uuid.uuid4()), "content": SCRIPT, "models": [model], "parent": parent}
         body["settings"] = {"max_new_tokens": 64, "temperature": 0.8, "seed": len(figures.answers)}
@@ -89,8 +93,8 @@ async def user(http: httpx.AsyncClient, model: str, seconds: float, figures: Fig
         if answer["status"] != "done" or (model == "scripted" and text != answer["content"]):
             figures.errors.append(f"an answer {answer['status']}: {answer['error_message']}")
         figures.answers[answer["id"]] = answer["content"]
-        figures.first_seconds.append(first or time.monotonic() - begun)
-        parent = answer["id"]
+        figures.first_seconds.append(round(first or time.monotonic() - begun, 4))
+        parent, turns = answer["id"], turns + 1
 
 
 async def watch(http: httpx.AsyncClient, web: psutil.Process, figures: Figures) -> None:
@@ -99,9 +103,9 @@ async def watch(http: httpx.AsyncClient, web: psutil.Process, figures: Figures) 
         begun = time.monotonic()
         if (await http.get("/healthz")).status_code != 200:
             figures.errors.append("/healthz")
-        figures.health_seconds.append(time.monotonic() - begun)
+        figures.health_seconds.append(round(time.monotonic() - begun, 4))
         if i % 10 == 0:
-            figures.memory.append(web.memory_info().rss / 2**20)
+            figures.memory.append(round(web.memory_info().rss / 2**20, 1))
             figures.threads.append(web.num_threads())
         await asyncio.sleep(0.1)
 
@@ -131,7 +135,8 @@ async def load(link: str, pid: int, users: int, model: str, seconds: float) -> F
 def summary(figures: Figures) -> dict[str, Any]:
     """Returns the figures in short."""
     health, first = (1000 * np.array(each) for each in (figures.health_seconds, figures.first_seconds))
-    settled = len(figures.memory) // 4  # the beginning, when caches and connections are made
+    # Caches and connections have been made by then, and no user has left yet.
+    early, late = len(figures.memory) // 4, len(figures.memory) * 9 // 10
     return {
         "answers": len(figures.answers),
         "errors": len(figures.errors),
@@ -139,8 +144,8 @@ def summary(figures: Figures) -> dict[str, Any]:
         "healthz p99 ms": round(float(np.percentile(health, 99)), 1),
         "first text p50 ms": round(float(np.percentile(first, 50)), 1),
         "first text p95 ms": round(float(np.percentile(first, 95)), 1),
-        "memory MiB": [round(figures.memory[settled], 1), round(figures.memory[-1], 1)],
-        "threads": [figures.threads[settled], figures.threads[-1]],
+        "memory MiB": [round(figures.memory[early], 1), round(figures.memory[late], 1)],
+        "threads": [figures.threads[early], figures.threads[late]],
     }
 
 
@@ -179,8 +184,8 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
     if args.out is not None:
         rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
-        kept = {name: value for name, value in asdict(figures).items() if name != "answers"}
-        args.out.write_text(json.dumps({"rows": [*rows, found | kept]}) + "\n")
+        kept = {f"all {name}": value for name, value in asdict(figures).items() if name != "answers"}
+        args.out.write_text(json.dumps({"machine": machine(), "rows": [*rows, found | kept]}) + "\n")
     return 1 if figures.errors else 0
 
 

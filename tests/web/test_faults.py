@@ -127,7 +127,7 @@ def test_a_full_disk_is_told_and_loses_nothing_once_there_is_room(small_disk, se
 def test_a_full_queue_says_when_to_come_again_and_keeps_the_question(own_server):
     me = own_server.person()
     id = me.conversation()
-    for _ in range(60):  # 32 are answered at once and 64 wait
+    for _ in range(70):  # two each; 64 are answered at once and 64 wait
         last = me.http.post(
             f"/api/conversations/{id}/messages",
             json={"client_id": str(uuid.uuid4()), "content": LONG, "models": ["scripted"], "contexts": [True, False]},

@@ -6,7 +6,7 @@ from itertools import zip_longest
 from typing import Generic, Protocol, TypeVar
 
 MOST_WAITING = 64  # requests in the queue
-MOST_RUNNING = 32  # requests being answered
+MOST_RUNNING = 64  # requests being answered
 
 
 class Waiting(Protocol):

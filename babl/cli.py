@@ -19,6 +19,10 @@ def main(argv: list[str] | None = None) -> int:
     if rest:
         args.overrides += rest
     try:
+        if "kernels" in args:
+            from babl import ops
+
+            ops.use_kernels(args.kernels)
         return args.run(args) or 0
     except UserError as error:
         if args.debug:
@@ -56,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("train", train, "train as the configuration says")
     sub.add_argument("config", metavar="CONFIG.toml")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+    _add_kernels(sub)
 
     sub = verb("evaluate", evaluate, "a model's answers to a data set, and their official scores")
     sub.add_argument("model", metavar="MODEL")
@@ -197,6 +202,11 @@ def _add_sampling(sub: argparse.ArgumentParser, temperature: float) -> None:
 def _add_device(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     sub.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    _add_kernels(sub)
+
+
+def _add_kernels(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--kernels", metavar="auto|on|off", help="Triton: where measured faster, wherever possible, never")
 
 
 def _sampling(args: argparse.Namespace, **more: Any) -> Any:

@@ -1,13 +1,80 @@
-"""The arithmetic every model shares: plain torch, one function per operation.
+"""The arithmetic every model shares: plain torch, one function per operation, or a kernel where one is chosen.
+
+`use_kernels` says how it is chosen. What is left to torch in any case: fp64, and whatever the kernels do not compute.
 
 Shapes: B batch, H heads, S/T positions, D head width, N last axis of any tensor, V vocabulary.
 """
 
-from collections.abc import Callable
+import importlib.util
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from babl import kernels  # type: ignore[attr-defined]  # packaged from the folder beside this one
+from babl.errors import UserError
+
+MODES = ("auto", "on", "off")
+VARIABLE = "BABL_KERNELS"
+WIDEST = {"rms_norm": 8192, "layer_norm": 8192, "attention": 128, "alibi": 128, "rope": 256}  # what a program holds
+# GPU -> operation -> dtype -> width -> the size from which on the kernel was faster wherever it was measured.
+MEASURED_FILE = Path(kernels.__file__).parent / "measured.json"
+MEASURED: dict[str, Any] = json.loads(MEASURED_FILE.read_text(encoding="utf-8"))
+_mode = "auto"
+_devices: tuple[str, ...] = ("cuda",) if importlib.util.find_spec("triton") else ()
+
+
+def use_kernels(mode: str | None = None) -> None:
+    """Kernels are chosen in this way from now on, here and in processes started from here.
+
+    Args:
+        mode: `auto`, on GPUs, dtypes and shapes for which a kernel was measured to be faster; `on`, wherever one can
+            compute what is asked; `off`, nowhere. None: as the environment's BABL_KERNELS says, `auto` where it is not
+            set.
+
+    Raises:
+        UserError: There is no such mode, or kernels are to be on and cannot run here.
+    """
+    global _mode, _devices
+    name, chosen = (VARIABLE, os.environ.get(VARIABLE, "auto")) if mode is None else ("--kernels", mode)
+    if chosen not in MODES:
+        raise UserError(f"{name} is {chosen!r}, expected one of {', '.join(MODES)}")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    installed = importlib.util.find_spec("triton") is not None
+    if chosen == "on" and not installed:
+        raise UserError(f"{name} is 'on', but triton is not installed")
+    if chosen == "on" and not (interpreted or torch.cuda.is_available()):
+        raise UserError(f"{name} is 'on', but there is no GPU (TRITON_INTERPRET=1 runs kernels on a CPU, for tests)")
+    _mode = os.environ[VARIABLE] = chosen
+    _devices = () if not installed else ("cuda", "cpu") if interpreted else ("cuda",)
+
+
+def _chosen(operation: str, x: Tensor, size: int, width: int) -> bool:
+    """Returns whether a kernel computes the operation on tensors like x, of this size and width."""
+    if _mode == "off" or x.device.type not in _devices or x.dtype == torch.float64:
+        return False
+    if _mode == "on":
+        return width <= WIDEST.get(operation.partition(",")[0], width)
+    if not MEASURED or not x.is_cuda:
+        return False
+    faster = MEASURED.get(_gpu(x.device.index), {}).get(operation, {})
+    return size >= faster.get(str(_autocast(x)).removeprefix("torch."), {}).get(str(width), math.inf)
+
+
+@torch.compiler.assume_constant_result
+def _gpu(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def _autocast(x: Tensor) -> torch.dtype:
+    """Returns the dtype that a product of x is taken in."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -23,6 +90,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Ref: Zhang and Sennrich 2019, eq. 4; transformers' T5LayerNorm and LlamaRMSNorm.
     """
+    if _chosen("rms_norm", x, x.numel(), x.shape[-1]):
+        from babl.kernels.rms_norm import rms_norm as kernel
+
+        return kernel(x, weight, eps)
     wide = x if x.dtype == torch.float64 else x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if weight.dtype in (torch.float16, torch.bfloat16):
@@ -30,13 +101,129 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * normed
 
 
+def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Returns x + update, (..., N), and the `rms_norm` of it."""
+    if _chosen("rms_norm", x, x.numel(), x.shape[-1]):
+        from babl.kernels.rms_norm import add_rms_norm as kernel
+
+        return kernel(x, update, weight, eps)
+    x = x + update
+    return x, rms_norm(x, weight, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Returns x, (..., N), with mean 0 and variance 1, scaled by weight and moved by bias, (N,) each.
+
+    Ref: Ba et al. 2016.
+    """
+    if _chosen("layer_norm", x, x.numel(), x.shape[-1]):
+        from babl.kernels.layer_norm import layer_norm as kernel
+
+        return kernel(x, weight, bias, eps)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Returns x + update, (..., N), and the `layer_norm` of it."""
+    if _chosen("layer_norm", x, x.numel(), x.shape[-1]):
+        from babl.kernels.layer_norm import add_layer_norm as kernel
+
+        return kernel(x, update, weight, bias, eps)
+    x = x + update
+    return x, layer_norm(x, weight, bias, eps)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns queries and keys with dimension i and i + D/2 turned as a pair.
+
+    This is the layout of transformers' folders; Meta's own files pair neighbours.
+
+    Args:
+        q: (B, H, T, D).
+        k: (B, K, T, D).
+        cos: (B or 1, 1, T, D), of the angle at each position; the halves of the last axis are the same.
+        sin: Like cos.
+
+    Ref: Su et al. 2021, section 3.4.2.
+    """
+    if _chosen("rope", q, q.numel(), q.shape[-1]):
+        from babl.kernels.rope import rope as kernel
+
+        return kernel(q, k, cos, sin)
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat((-right, left), -1) * sin
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Returns silu(gate) · up, (..., F) as both are. Ref: Shazeer 2020, eq. 5."""
+    if _chosen("glu", gate, gate.numel(), gate.shape[-1]):
+        from babl.kernels.glu import swiglu as kernel
+
+        return kernel(gate, up)
+    return F.silu(gate) * up
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Returns gelu(gate) · up, (..., F) as both are, by the tanh form of GELU. Ref: Shazeer 2020, eq. 5."""
+    if _chosen("glu", gate, gate.numel(), gate.shape[-1]):
+        from babl.kernels.glu import geglu as kernel
+
+        return kernel(gate, up)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+class Drop(NamedTuple):
+    """One dropout of one forward.
+
+    Attributes:
+        p: Share to zero, 0 <= p < 1.
+        key: (B,) int64, one per example and step; None: torch's own generator draws.
+        site: Which dropout of the model this is.
+    """
+
+    p: float
+    key: Tensor | None
+    site: int
+
+
+class Distances(NamedTuple):
+    """A bias on attention scores that depends on the distance alone, not written out: as the kernel reads it.
+
+    Attributes:
+        table: (H, 2S - 1) fp32, of distances key - query from 1 - S to S - 1; or (H,), by how much it grows with them.
+        mask: (B, S) bool, false where a key is hidden; None where none is.
+        causal: Whether a query sees no key behind itself.
+    """
+
+    table: Tensor
+    mask: Tensor | None
+    causal: bool
+
+
+def reads_distances(x: Tensor, width: int, learns: bool, drops: bool) -> bool:
+    """Returns whether `attention` over a text wants its bias unwritten.
+
+    Args:
+        x: Like the text, (B, S, C).
+        width: Of a head.
+        learns: Whether the bias is a table that learns (T5), or grows evenly (ALiBi).
+        drops: Whether probabilities are dropped.
+    """
+    operation = ("attention" if learns else "alibi") + (", dropout" if drops else "")
+    return _chosen(operation, x, x.shape[1], width)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | Distances | None,
     scale: float,
-    drop_probs: Callable[[Tensor], Tensor] | None = None,
+    drop: Drop | None = None,
     causal: bool = False,
 ) -> Tensor:
     """Returns softmax(scale · q kᵀ + bias) v.
@@ -46,16 +233,25 @@ def attention(
         k: (B, K, S, D); each of the K heads serves H / K neighbouring heads of q.
         v: Like k.
         bias: Additive, broadcastable to (B, H, T, S); masked positions hold the dtype's most negative number, so
-            that a row with every key masked stays finite. None where nothing is added.
+            that a row with every key masked stays finite. None where nothing is added. Or unwritten, where
+            `reads_distances` says so and K = H and T = S; a row with every key masked is 0 then.
         scale: 1.0 for T5, D**-0.5 elsewhere.
-        drop_probs: A function on the probabilities (B, H, T, S), for dropout; None where there is none.
+        drop: Of the probabilities (B, H, T, S); None where there is none.
         causal: Whether the T = S queries see no key behind them; there is no bias then.
 
     Returns:
         (B, H, T, D).
     """
+    if isinstance(bias, Distances):
+        from babl.kernels.attention import attention as kernel
+
+        key, p, site = None, 0.0, 0
+        if drop is not None:
+            key, p, site = drop.key, drop.p, drop.site
+            key = torch.randint(2**62, q.shape[:1], device=q.device) if key is None else key
+        return kernel(q, k, v, bias.table, bias.mask, scale, bias.causal, key, p, site)
     # A bias that learns sends torch's fused kernels on a CPU to a path slower than the two products written out.
-    explicit = drop_probs is not None or (bias is not None and bias.requires_grad)
+    explicit = drop is not None or (bias is not None and bias.requires_grad)
     if not explicit:
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scale, enable_gqa=grouped)
@@ -67,7 +263,7 @@ def attention(
     if bias is not None:
         scores = scores + bias
     probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
-    return (probs if drop_probs is None else drop_probs(probs)) @ v  # (B, H, T, D)
+    return (probs if drop is None else dropped(probs, drop)) @ v  # (B, H, T, D)
 
 
 def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -75,14 +271,20 @@ def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def cross_entropy_sum(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Returns the summed cross-entropy of the rows, in fp32 or wider; 0 with a gradient of 0 for no rows.
+def linear_cross_entropy_sum(x: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Returns the summed cross-entropy of x weightᵀ, in fp32 or wider; 0 with a gradient of 0 for no rows.
 
     Args:
-        logits: (N, V), any float dtype.
+        x: (N, C), any float dtype.
+        weight: (V, C).
         labels: (N,) int64, every one a target.
         label_smoothing: Share of the target spread evenly over the vocabulary.
     """
+    if _chosen("linear_cross_entropy", x, x.shape[0], weight.shape[0]):
+        from babl.kernels.linear_cross_entropy import linear_cross_entropy as kernel
+
+        return kernel(x.to(_autocast(x)), weight, labels, label_smoothing)
+    logits = F.linear(x, weight)  # (N, V)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(wide, labels, reduction="sum", label_smoothing=label_smoothing)
 
@@ -116,3 +318,8 @@ def dropout(x: Tensor, p: float, key: Tensor, site: int) -> Tensor:
     threshold = round(p * 65536)
     keep = state.view(torch.int16)[..., : x.shape[-1]] >= threshold - 32768  # (B, ..., N)
     return x * keep.to(x.dtype).mul_(65536 / (65536 - threshold))
+
+
+def dropped(x: Tensor, drop: Drop) -> Tensor:
+    """Returns x, (B, ..., N), with elements zeroed and the rest scaled up as `drop` says."""
+    return F.dropout(x, drop.p) if drop.key is None else dropout(x, drop.p, drop.key, drop.site)

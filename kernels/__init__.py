@@ -1,4 +1,5 @@
 """Triton kernels, one op per file; imported as babl.kernels and asked for by babl.ops alone.
 
-None is here yet: every operation runs as the plain torch of `babl/ops.py`.
+Importing a file needs triton; importing this does not. `measured.json` says from which size on, on which GPU, a kernel
+is faster than what torch has: `scripts/bench.py kernels --table` writes it.
 """

@@ -220,6 +220,7 @@ def test_missing_predictions_must_be_allowed_aloud(capsys, data, tmp_path):
             "--context is 'golf', expected one of none, blank, random",
         ),
         (["evaluate", "MODEL", "DATA", "--limit", "0"], "--limit is 0, expected at least 1"),
+        (["query", "MODEL", "q", "--kernels", "fast"], "--kernels is 'fast', expected one of auto, on, off"),
         (["evaluate", "MODEL", "DATA", "--limit", "1", "--out", "/dev/null/x"], "--out: /dev/null/x cannot be written"),
         (["score", "DATA", "absent.json"], "absent.json: no such file"),
         (["query", "MODEL", "q", "--context-file", "absent.txt"], "--context-file: absent.txt cannot be read"),

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from babl import ops
 from babl.errors import UserError
 from babl.models.cache import Cache
-from babl.models.layers import Dropout, Model, number_sites
+from babl.models.layers import Dropout, Head, Model, number_sites
 
 ALIASES = {"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 
@@ -114,7 +114,7 @@ class BloomAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        bias: Tensor,
+        bias: Tensor | ops.Distances,
         key: Tensor | None,
         write: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
     ) -> Tensor:
@@ -124,8 +124,7 @@ class BloomAttention(nn.Module):
         scale = q.shape[-1] ** -0.5
         if write is not None:
             k, v = write(k, v)  # (B, H, S, D)
-        dropped = partial(self.dropout, key=key) if self.training and self.dropout.p > 0 else None
-        out = ops.attention(q, k, v, bias, scale, dropped)  # (B, H, T, D)
+        out = ops.attention(q, k, v, bias, scale, self.dropout.of(key))  # (B, H, T, D)
         return self.o(out.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
@@ -141,8 +140,20 @@ class BloomMLP(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
-def _norm(config: BloomConfig) -> nn.LayerNorm:
-    return nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon)
+class BloomNorm(nn.Module):
+    """Layer norm with weight and bias."""
+
+    def __init__(self, config: BloomConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(config.hidden_size))
+        self.eps = config.layer_norm_epsilon
+
+    def forward(self, x: Tensor, update: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Returns the norm of x, (..., C); or, where there is an update like x, their sum and its norm."""
+        if update is None:
+            return ops.layer_norm(x, self.weight, self.bias, self.eps)
+        return ops.add_layer_norm(x, update, self.weight, self.bias, self.eps)
 
 
 class BloomBlock(nn.Module):
@@ -150,16 +161,16 @@ class BloomBlock(nn.Module):
 
     def __init__(self, config: BloomConfig):
         super().__init__()
-        self.attention_norm = _norm(config)
+        self.attention_norm = BloomNorm(config)
         self.attention = BloomAttention(config)
-        self.mlp_norm = _norm(config)
+        self.mlp_norm = BloomNorm(config)
         self.mlp = BloomMLP(config)
         self.dropout = nn.ModuleList(Dropout(config.hidden_dropout) for _ in range(2))
 
     def forward(
         self,
         x: Tensor,
-        bias: Tensor,
+        bias: Tensor | ops.Distances,
         key: Tensor | None,
         write: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
@@ -167,12 +178,13 @@ class BloomBlock(nn.Module):
 
         Args:
             x: (B, T, C).
-            bias: ALiBi, (B, H, T, S), which also hides padding and what is to come.
+            bias: ALiBi, (B, H, T, S), which also hides padding and what is to come, or unwritten.
             key: (B,) int64 of the dropout, or None.
             write: Puts new keys and values into the cache and returns all; None where x is the whole text.
         """
-        x = x + self.dropout[0](self.attention(self.attention_norm(x), bias, key, write), key)
-        return x + self.dropout[1](self.mlp(self.mlp_norm(x)), key)
+        update = self.dropout[0](self.attention(self.attention_norm(x), bias, key, write), key)
+        x, normed = self.mlp_norm(x, update)
+        return x + self.dropout[1](self.mlp(normed), key)
 
 
 class Bloom(Model):
@@ -184,10 +196,10 @@ class Bloom(Model):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_norm = _norm(config)
+        self.embed_norm = BloomNorm(config)
         self.blocks = nn.ModuleList(BloomBlock(config) for _ in range(config.n_layer))
-        self.final_norm = _norm(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.final_norm = BloomNorm(config)
+        self.lm_head = Head(config.hidden_size, config.vocab_size)
         self.tie_weights()
         number_sites(self)
 
@@ -205,9 +217,9 @@ class Bloom(Model):
             else:
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
 
-    def head(self, x: Tensor) -> Tensor:
-        """Returns logits (..., V) of states (..., C)."""
-        return self.lm_head(x)
+    def head(self, x: Tensor, labels: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
+        """Returns logits (..., V) of states (..., C), or the labels' loss, see `Head`."""
+        return self.lm_head(x) if labels is None else self.lm_head(x, labels, label_smoothing)
 
     def forward(
         self,
@@ -215,6 +227,8 @@ class Bloom(Model):
         attention_mask: Tensor | None = None,
         *,
         logits_at: Tensor | None = None,
+        labels: Tensor | None = None,
+        label_smoothing: float = 0.0,
         dropout_key: Tensor | None = None,
     ) -> Tensor:
         """Returns logits (B, S, V) for the token after each position, or (N, V) at the places asked for.
@@ -225,17 +239,28 @@ class Bloom(Model):
             input_ids: (B, S) int64.
             attention_mask: (B, S), 0 on padding, on any side; where None, padding may only stand at the end.
             logits_at: (B, S) bool with N true; the head runs on those rows alone.
+            labels: (N,) int64, of those places: their summed cross-entropy is returned instead.
+            label_smoothing: Share of each label spread evenly over the vocabulary.
             dropout_key: (B,) int64, see `ops.dropout`; torch's own generator where None.
         """
         x = self.embed_norm(self.embed(input_ids))  # (B, S, C)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, S)
-        bias = alibi(positions, input_ids.shape[1], self.config.n_head, x.dtype)  # (1, H, S, S)
-        if attention_mask is not None:
-            bias = bias.masked_fill(~attention_mask.bool()[:, None, None], torch.finfo(x.dtype).min)  # (B, H, S, S)
+        bias = self.text_bias(x, attention_mask)
         for block in self.blocks:
             x = block(x, bias, dropout_key)
         x = self.final_norm(x)
-        return self.head(x if logits_at is None else x[logits_at])
+        return self.head(x if logits_at is None else x[logits_at], labels, label_smoothing)
+
+    def text_bias(self, x: Tensor, mask: Tensor | None) -> Tensor | ops.Distances:
+        """Returns ALiBi over a whole text x, (B, S, C), with its mask (B, S), written out only where it must be."""
+        heads, length = self.config.n_head, x.shape[1]
+        hidden = None if mask is None else mask.bool()
+        drops = self.training and self.config.attention_dropout > 0
+        if ops.reads_distances(x, x.shape[2] // heads, learns=False, drops=drops):
+            return ops.Distances(slopes(heads, x.device), hidden, causal=True)
+        bias = alibi(torch.arange(length, device=x.device)[None], length, heads, x.dtype)  # (1, H, S, S)
+        if hidden is not None:
+            bias = bias.masked_fill(~hidden[:, None, None], torch.finfo(x.dtype).min)  # (B, H, S, S)
+        return bias
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor, room: int) -> tuple[Cache, Tensor]:
         """Returns a cache with room for `room` new tokens, and the state (B, C) that the first of them comes from."""

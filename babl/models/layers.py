@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from babl import ops
@@ -47,8 +46,27 @@ class Model(nn.Module, ABC):
         """Returns states (B, n, C) after each of the new tokens, (B, n) int64, which enter the cache."""
 
     @abstractmethod
-    def head(self, x: Tensor) -> Tensor:
-        """Returns logits (..., V) for the token after states (..., C)."""
+    def head(self, x: Tensor, labels: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
+        """Returns logits (..., V) for the token after states (..., C), or what `Head` makes of them and labels."""
+
+
+class Head(nn.Linear):
+    """From states to logits, or, where there are labels, straight to their loss."""
+
+    def __init__(self, width: int, vocabulary: int):
+        super().__init__(width, vocabulary, bias=False)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
+        """Returns logits (..., V) of states (..., C); or the summed cross-entropy of labels (N,), every one a target.
+
+        Args:
+            x: (..., C); (N, C) where there are labels.
+            labels: (N,) int64, or None.
+            label_smoothing: Share of the target spread evenly over the vocabulary.
+        """
+        if labels is None:
+            return super().forward(x)
+        return ops.linear_cross_entropy_sum(x, self.weight, labels, label_smoothing)
 
 
 class Dropout(nn.Module):
@@ -65,9 +83,12 @@ class Dropout(nn.Module):
 
     def forward(self, x: Tensor, key: Tensor | None) -> Tensor:
         """Returns x, (B, ..., N), dropped by `key`, (B,) int64; by torch's own generator where key is None."""
-        if not self.training or self.p == 0.0:
-            return x
-        return F.dropout(x, self.p) if key is None else ops.dropout(x, self.p, key, self.site)
+        drop = self.of(key)
+        return x if drop is None else ops.dropped(x, drop)
+
+    def of(self, key: Tensor | None) -> ops.Drop | None:
+        """Returns what this dropout does in a forward with this key; None where it does nothing."""
+        return ops.Drop(self.p, key, self.site) if self.training and self.p > 0.0 else None
 
 
 def number_sites(model: nn.Module) -> None:

@@ -18,13 +18,12 @@ from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from babl import ops
 from babl.errors import UserError
 from babl.models.cache import Cache
-from babl.models.layers import Dropout, Model, number_sites, visible_bias
+from babl.models.layers import Dropout, Head, Model, number_sites, visible_bias
 
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -127,15 +126,6 @@ def inverse_frequencies(width: int, theta: float, scaling: tuple[float, ...], de
         return (1 - kept) * frequencies / factor + kept * frequencies
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Returns x, (B, H, T, D), with dimension i and i + D/2 turned as a pair; cos and sin are (B, 1, T, D).
-
-    This is the layout of transformers' folders; Meta's own files pair neighbours.
-    """
-    left, right = x.chunk(2, -1)
-    return x * cos + torch.cat((-right, left), -1) * sin
-
-
 class LlamaAttention(nn.Module):
     """Causal attention over rotated queries and keys; H / K query heads share each head of keys and values."""
 
@@ -158,11 +148,12 @@ class LlamaAttention(nn.Module):
     ) -> Tensor:
         """Returns what the positions of x gather, (B, T, C); arguments as for `LlamaBlock`."""
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        q, k = rotate(q, *rotation), rotate(k, *rotation)  # (B, H, T, D), (B, K, T, D)
+        q, k = ops.rope(q, k, *rotation)  # (B, H, T, D), (B, K, T, D)
         if write is not None:
             k, v = write(k, v)  # (B, K, S, D)
-        dropped = partial(self.dropout, key=key) if self.training and self.dropout.p > 0 else None
-        out = ops.attention(q, k, v, bias, self.head_dim**-0.5, dropped, causal=bias is None)  # (B, H, T, D)
+        out = ops.attention(
+            q, k, v, bias, self.head_dim**-0.5, self.dropout.of(key), causal=bias is None
+        )  # (B, H, T, D)
         return self.o(out.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
@@ -176,7 +167,7 @@ class LlamaMLP(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        return self.down(F.silu(self.gate(x)) * self.up(x))  # (B, T, F) inside
+        return self.down(ops.swiglu(self.gate(x), self.up(x)))  # (B, T, F) inside
 
 
 class LlamaNorm(nn.Module):
@@ -187,8 +178,11 @@ class LlamaNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
         self.eps = config.rms_norm_eps
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        return ops.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, update: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Returns the norm of x, (..., C); or, where there is an update like x, their sum and its norm."""
+        if update is None:
+            return ops.rms_norm(x, self.weight, self.eps)
+        return ops.add_rms_norm(x, update, self.weight, self.eps)
 
 
 class LlamaBlock(nn.Module):
@@ -218,8 +212,8 @@ class LlamaBlock(nn.Module):
             key: (B,) int64 of the dropout, or None.
             write: Puts new keys and values into the cache and returns all; None where x is the whole text.
         """
-        x = x + self.attention(self.attention_norm(x), rotation, bias, key, write)
-        return x + self.mlp(self.mlp_norm(x))
+        x, normed = self.mlp_norm(x, self.attention(self.attention_norm(x), rotation, bias, key, write))
+        return x + self.mlp(normed)
 
 
 class Llama(Model):
@@ -234,7 +228,7 @@ class Llama(Model):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(LlamaBlock(config) for _ in range(config.num_hidden_layers))
         self.final_norm = LlamaNorm(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size)
         self.tie_weights()
         number_sites(self)
 
@@ -277,9 +271,9 @@ class Llama(Model):
         dtype = self.embed.weight.dtype
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def head(self, x: Tensor) -> Tensor:
-        """Returns logits (..., V) of states (..., C)."""
-        return self.lm_head(x)
+    def head(self, x: Tensor, labels: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
+        """Returns logits (..., V) of states (..., C), or the labels' loss, see `Head`."""
+        return self.lm_head(x) if labels is None else self.lm_head(x, labels, label_smoothing)
 
     def forward(
         self,
@@ -287,6 +281,8 @@ class Llama(Model):
         attention_mask: Tensor | None = None,
         *,
         logits_at: Tensor | None = None,
+        labels: Tensor | None = None,
+        label_smoothing: float = 0.0,
         dropout_key: Tensor | None = None,
     ) -> Tensor:
         """Returns logits (B, S, V) for the token after each position, or (N, V) at the places asked for.
@@ -297,6 +293,8 @@ class Llama(Model):
             input_ids: (B, S) int64.
             attention_mask: (B, S), 0 on padding, on any side; where None, padding may only stand at the end.
             logits_at: (B, S) bool with N true; the head runs on those rows alone.
+            labels: (N,) int64, of those places: their summed cross-entropy is returned instead.
+            label_smoothing: Share of each label spread evenly over the vocabulary.
             dropout_key: (B,) int64, see `ops.dropout`; torch's own generator where None.
         """
         x = self.embed(input_ids)  # (B, S, C)
@@ -309,7 +307,7 @@ class Llama(Model):
         for block in self.blocks:
             x = block(x, rotation, bias, dropout_key)
         x = self.final_norm(x)
-        return self.head(x if logits_at is None else x[logits_at])
+        return self.head(x if logits_at is None else x[logits_at], labels, label_smoothing)
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor, room: int) -> tuple[Cache, Tensor]:
         """Returns a cache with room for `room` new tokens, and the state (B, C) that the first of them comes from."""

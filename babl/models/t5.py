@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from babl import ops
 from babl.errors import UserError
 from babl.models.cache import Cache
-from babl.models.layers import Dropout, Model, number_sites
+from babl.models.layers import Dropout, Head, Model, number_sites
 
 
 @dataclass
@@ -98,17 +98,11 @@ class T5Attention(nn.Module):
         """Returns (B, S, H * D) as (B, H, S, D)."""
         return x.unflatten(-1, (self.num_heads, self.d_kv)).transpose(1, 2)
 
-    def attend(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key: Tensor | None) -> Tensor:
+    def attend(
+        self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor | ops.Distances | None, key: Tensor | None
+    ) -> Tensor:
         """Returns what the positions of x, (B, T, C), gather from keys and values, (B, H, S, D)."""
-        active = self.training and self.dropout.p > 0
-        out = ops.attention(
-            self.heads(self.q(x)),
-            k,
-            v,
-            bias,
-            1.0,
-            (lambda probs: self.dropout(probs, key)) if active else None,
-        )  # (B, H, T, D)
+        out = ops.attention(self.heads(self.q(x)), k, v, bias, 1.0, self.dropout.of(key))  # (B, H, T, D)
         return self.o(out.transpose(1, 2).flatten(2))  # (B, T, C)
 
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +124,7 @@ class T5MLP(nn.Module):
 
     def forward(self, x: Tensor, key: Tensor | None) -> Tensor:  # noqa: D102
         hidden = self.wi(x)  # (B, S, F)
-        hidden = F.gelu(self.gate(x), approximate="tanh") * hidden if self.gated else F.relu(hidden)
+        hidden = ops.geglu(self.gate(x), hidden) if self.gated else F.relu(hidden)
         return self.wo(self.dropout(hidden, key))
 
 
@@ -142,8 +136,11 @@ class T5Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.d_model))
         self.eps = config.layer_norm_epsilon
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        return ops.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, update: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Returns the norm of x, (..., C); or, where there is an update like x, their sum and its norm."""
+        if update is None:
+            return ops.rms_norm(x, self.weight, self.eps)
+        return ops.add_rms_norm(x, update, self.weight, self.eps)
 
 
 class T5Block(nn.Module):
@@ -160,7 +157,7 @@ class T5Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        bias: Tensor,
+        bias: Tensor | ops.Distances,
         key: Tensor | None,
         memory: Tensor | tuple[Tensor, Tensor] | None = None,
         memory_bias: Tensor | None = None,
@@ -170,7 +167,8 @@ class T5Block(nn.Module):
 
         Args:
             x: (B, T, C).
-            bias: Relative positions, mask and causality of the self-attention, broadcastable to (B, H, T, S).
+            bias: Relative positions, mask and causality of the self-attention, broadcastable to (B, H, T, S), or
+                unwritten.
             key: (B,) int64 of the dropout, or None.
             memory: The encoder's states (B, S, C), or its keys and values already made; None in the encoder.
             memory_bias: (B, 1, 1, S), hides the source's padding.
@@ -180,11 +178,13 @@ class T5Block(nn.Module):
         k, v = self.attention.keys_values(normed)
         if write is not None:
             k, v = write(k, v)
-        x = x + self.dropout[0](self.attention.attend(normed, k, v, bias, key), key)
+        update = self.dropout[0](self.attention.attend(normed, k, v, bias, key), key)
         if memory is not None:
             k, v = self.cross.keys_values(memory) if isinstance(memory, Tensor) else memory
-            x = x + self.dropout[1](self.cross.attend(self.cross_norm(x), k, v, memory_bias, key), key)
-        return x + self.dropout[2](self.mlp(self.mlp_norm(x), key), key)
+            x, normed = self.cross_norm(x, update)
+            update = self.dropout[1](self.cross.attend(normed, k, v, memory_bias, key), key)
+        x, normed = self.mlp_norm(x, update)
+        return x + self.dropout[2](self.mlp(normed, key), key)
 
 
 def relative_bucket(delta: Tensor, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
@@ -216,7 +216,7 @@ class T5Stack(nn.Module):
 
     def __init__(self, config: T5Config, is_decoder: bool):
         super().__init__()
-        self.is_decoder = is_decoder
+        self.is_decoder, self.head_width, self.drops = is_decoder, config.d_kv, config.dropout_rate > 0
         self.buckets = config.relative_attention_num_buckets, config.relative_attention_max_distance
         layers = config.num_decoder_layers if is_decoder else config.num_layers
         self.relative_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
@@ -235,10 +235,26 @@ class T5Stack(nn.Module):
             bias = bias.masked_fill((delta > 0).unsqueeze(1), torch.finfo(bias.dtype).min)
         return bias  # (B, H, T, S)
 
+    def text_bias(self, x: Tensor, mask: Tensor | None = None) -> Tensor | ops.Distances:
+        """Returns the bias of the self-attention over a whole text x, (B, S, C), written out only where it must be.
+
+        Args:
+            x: Embedded tokens.
+            mask: (B, S), 0 on padding; None where there is none.
+        """
+        length = x.shape[1]
+        hidden = None if mask is None else mask.bool()
+        if ops.reads_distances(x, self.head_width, learns=True, drops=self.training and self.drops):
+            delta = torch.arange(1 - length, length, device=x.device)
+            table = self.relative_bias(relative_bucket(delta, not self.is_decoder, *self.buckets))  # (2S - 1, H)
+            return ops.Distances(table.mT.float(), hidden, self.is_decoder)
+        bias = self.position_bias(torch.arange(length, device=x.device)[None], length)  # (1, H, S, S)
+        return bias if hidden is None else bias + ops.mask_bias(hidden[:, None, None], x.dtype)  # (B, H, S, S)
+
     def forward(
         self,
         x: Tensor,
-        bias: Tensor,
+        bias: Tensor | ops.Distances,
         key: Tensor | None = None,
         memory: Tensor | None = None,
         memory_bias: Tensor | None = None,
@@ -267,7 +283,7 @@ class T5(Model):
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = T5Stack(config, is_decoder=False)
         self.decoder = T5Stack(config, is_decoder=True)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = Head(config.d_model, config.vocab_size)
         self.tie_weights()
         number_sites(self)
 
@@ -321,13 +337,12 @@ class T5(Model):
             attention_mask = torch.ones_like(input_ids)
         x = self.shared(input_ids)  # (B, S, C)
         hide = ops.mask_bias(attention_mask.bool()[:, None, None, :], x.dtype)  # (B, 1, 1, S)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, S)
-        bias = self.encoder.position_bias(positions, input_ids.shape[1])  # (1, H, S, S)
-        return self.encoder(x, bias + hide, key), hide
+        return self.encoder(x, self.encoder.text_bias(x, attention_mask), key), hide
 
-    def head(self, x: Tensor) -> Tensor:
-        """Returns logits (..., V) of decoder states (..., C)."""
-        return self.lm_head(x * self.config.d_model**-0.5 if self.config.scale_decoder_outputs else x)
+    def head(self, x: Tensor, labels: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
+        """Returns logits (..., V) of decoder states (..., C), or the labels' loss, see `Head`."""
+        x = x * self.config.d_model**-0.5 if self.config.scale_decoder_outputs else x
+        return self.lm_head(x) if labels is None else self.lm_head(x, labels, label_smoothing)
 
     def forward(
         self,
@@ -336,6 +351,8 @@ class T5(Model):
         *,
         decoder_input_ids: Tensor,
         logits_at: Tensor | None = None,
+        labels: Tensor | None = None,
+        label_smoothing: float = 0.0,
         dropout_key: Tensor | None = None,
     ) -> Tensor:
         """Returns logits (B, T, V) for the token after each decoder input, or (N, V) at the places asked for.
@@ -345,14 +362,14 @@ class T5(Model):
             attention_mask: (B, S), 0 on padding, on any side; all ones where None.
             decoder_input_ids: (B, T) int64, beginning with the decoder's start token.
             logits_at: (B, T) bool with N true; the head runs on those rows alone.
+            labels: (N,) int64, of those places: their summed cross-entropy is returned instead.
+            label_smoothing: Share of each label spread evenly over the vocabulary.
             dropout_key: (B,) int64, see `ops.dropout`; torch's own generator where None.
         """
         memory, hide = self.encode(input_ids, attention_mask, dropout_key)
-        length = decoder_input_ids.shape[1]
-        positions = torch.arange(length, device=input_ids.device)[None]  # (1, T)
-        bias = self.decoder.position_bias(positions, length)  # (1, H, T, T)
-        x = self.decoder(self.shared(decoder_input_ids), bias, dropout_key, memory, hide)  # (B, T, C)
-        return self.head(x if logits_at is None else x[logits_at])
+        x = self.shared(decoder_input_ids)  # (B, T, C)
+        x = self.decoder(x, self.decoder.text_bias(x), dropout_key, memory, hide)
+        return self.head(x if logits_at is None else x[logits_at], labels, label_smoothing)
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor, room: int) -> tuple[Cache, Tensor]:
         """Returns a cache with room for `room` new tokens, and the state (B, C) that the first of them comes from.

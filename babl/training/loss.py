@@ -6,7 +6,6 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from babl import ops
 from babl.data.collate import IGNORE, Batch
 from babl.distributed.env import World
 from babl.distributed.failure import PeerFailure
@@ -14,8 +13,8 @@ from babl.distributed.failure import PeerFailure
 
 def token_loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
     """Returns the summed cross-entropy of the batch's targets; the caller divides by the whole step's count."""
-    logits = model(**batch.inputs)  # (N, V): the head ran on the N targets alone
-    return ops.cross_entropy_sum(logits, batch.labels[batch.labels != IGNORE], label_smoothing)
+    labels = batch.labels[batch.labels != IGNORE]  # (N,): the head runs on the N targets alone
+    return model(**batch.inputs, labels=labels, label_smoothing=label_smoothing)
 
 
 def raise_nonfinite(step: int, me: World, model: nn.Module, batches: list[Batch]) -> NoReturn:
@@ -47,7 +46,8 @@ def _first_module(model: nn.Module, batch: Batch) -> str | None:
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: object) -> None:
-            if isinstance(output, Tensor) and not output.isfinite().all():
+            parts = output if isinstance(output, tuple) else (output,)
+            if any(isinstance(part, Tensor) and not part.isfinite().all() for part in parts):
                 found.append(name)
 
         return hook

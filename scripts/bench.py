@@ -6,6 +6,8 @@
     python scripts/bench.py backends --out benchmarks/backends-cpu.json
     python scripts/bench.py overlap --out benchmarks/overlap-cpu.json
     python scripts/bench.py score --out benchmarks/score-cpu.json
+    python scripts/bench.py kernels --table --out benchmarks/kernels-gpu.json
+    python scripts/bench.py compile --out benchmarks/kernels-compiled.json
 
 What is compared runs in turn, A B A B, so that the moods of a machine fall on both; a ratio is the median over the
 turns. Tables are printed as Markdown; `--out` keeps every single figure, with machine and versions. `generate` compares
@@ -59,6 +61,7 @@ from babl.models import from_pretrained, save_pretrained
 from babl.models.llama import Llama, LlamaConfig
 from babl.models.t5 import T5, T5Config
 from babl.models.weights import describe
+from babl.scripts import bench_kernels
 from babl.text.normalize import normalize_answer
 from babl.training.loss import token_loss
 from babl.training.optimizer import OptimConfig, make_optimizer
@@ -513,6 +516,16 @@ def _watched(command: Sequence[str]) -> tuple[float, float]:
     return time.perf_counter() - begun, peak
 
 
+def kernels(repeats: int, write_table: bool) -> list[dict[str, Any]]:
+    """Returns the rows of `bench_kernels.measure`; kernels are chosen by them from then on, where asked."""
+    ops.use_kernels("off")  # what is compared with is plain torch
+    rows = bench_kernels.measure(repeats)
+    if write_table:
+        measured = ops.MEASURED | bench_kernels.table(rows, torch.cuda.get_device_name())
+        ops.MEASURED_FILE.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints the table a command line asks for; returns the exit code."""
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0] if __doc__ else None)
@@ -547,6 +560,15 @@ def main(argv: list[str] | None = None) -> int:
     job.add_argument("--test", type=int, default=10_000, metavar="N", help="questions (default 10000)")
     job.add_argument("--documents", type=int, default=20_000, metavar="N", help="of the corpus (default 20000)")
     job.set_defaults(run=lambda a: overlap(a.train, a.test, a.documents))
+    job = jobs.add_parser("kernels", help="Triton kernels beside what torch has, on a GPU")
+    job.add_argument("--repeats", type=int, default=3, metavar="N")
+    job.add_argument("--table", action="store_true", help="write kernels/measured.json, by which kernels are chosen")
+    job.set_defaults(run=lambda a: kernels(a.repeats, a.table))
+    job = jobs.add_parser(
+        "compile", help="registers and memory of the kernels, compiled for GPUs that need not be here"
+    )
+    job.add_argument("--sm", type=int, action="append", choices=(80, 90), help="one only; may be repeated")
+    job.set_defaults(run=lambda a: [row for sm in a.sm or (80, 90) for row in bench_kernels.compile_ahead(sm)])
     job = jobs.add_parser("rank-of")  # what `backends` starts
     job.add_argument("backend", choices=BACKENDS)
     job.add_argument("--steps", type=int)
@@ -584,7 +606,7 @@ def _number(value: Any) -> str:
 def machine() -> dict[str, Any]:
     """Returns what figures were taken on: processors, devices, versions."""
     installed = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
-    packages = ("torch", "transformers", "deepspeed", "tokenizers", "safetensors", "Django", "uvicorn")
+    packages = ("torch", "triton", "transformers", "deepspeed", "tokenizers", "safetensors", "Django", "uvicorn")
     versions = {name: installed[name] for name in packages if name in installed}
     cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     facts = {"cpu": cpu.split(":")[1].strip(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}

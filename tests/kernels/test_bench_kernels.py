@@ -1,0 +1,81 @@
+"""Kernels compile for GPUs that are not here, and are measured, and chosen, as they should be."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from babl import ops
+from babl.errors import UserError
+from babl.scripts import bench_kernels
+
+BENCH = Path(__file__).parent.parent.parent / "scripts" / "bench.py"
+FILES = {"rms_norm", "layer_norm", "rope", "glu", "linear_cross_entropy", "attention"}
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+def test_every_kernel_compiles_ahead_of_time_within_registers_and_shared_memory(sm, tmp_path):
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, str(BENCH), "compile", "--sm", str(sm), "--out", str(tmp_path / "rows.json")]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert {row["kernel"].split(".")[0] for row in rows} == FILES and {row["sm"] for row in rows} == {sm}
+    for row in rows:
+        assert 0 < row["registers"] <= 255 and row["shared bytes"] <= 99 * 1024, row  # what any GPU from sm_80 on has
+        assert row["spilled bytes"] <= 128, row  # a few numbers of a thread, no tile
+        if row["kernel"].startswith("attention"):
+            assert row["matrix instructions"] > 0, row
+
+
+def test_compiling_is_refused_where_the_interpreter_would_take_over():
+    if not os.environ.get("TRITON_INTERPRET"):
+        pytest.skip("kernels run on the GPU here")
+    with pytest.raises(UserError, match="TRITON_INTERPRET is set"):
+        bench_kernels.compile_ahead(90)
+
+
+def test_without_a_gpu_nothing_is_measured():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match="there is none"):
+        bench_kernels.measure(1)
+
+
+def test_each_way_of_each_case_computes_the_same_and_is_measured(device):
+    ops.use_kernels("off")
+    torch.manual_seed(0)
+    cases = [
+        *bench_kernels.elementwise(4, 16, torch.float32, device),
+        bench_kernels.rope(1, 4, 5, 8, torch.float32, device),
+        *bench_kernels.attention(1, 2, 9, 16, torch.float32, device, flex=False),
+        bench_kernels.loss(3, 4, 20, torch.float32, device),
+    ]
+    rows = bench_kernels.measure(2, cases)
+    assert len(rows) == sum(len(case.ways) for case in cases)
+    assert {row["operation"] for row in rows} - {"attention, dropout"} == set(ops.WIDEST) | {
+        "glu",
+        "linear_cross_entropy",
+    }
+    for case in cases:
+        if "dropout" not in case.operation:
+            want, *others = (way(*case.inputs) for way in case.ways.values())
+            for other in others:
+                torch.testing.assert_close(other, want, atol=1e-4, rtol=1e-4)
+    for row in rows:
+        assert row["ms"] > 0 and len(row["all ms"]) == 2
+
+
+def row(size, by, ms, width=64):
+    return {"operation": "attention", "dtype": "bfloat16", "size": size, "width": width, "by": by, "ms": ms}
+
+
+def test_the_table_has_the_size_from_which_on_the_kernel_is_fastest():
+    slower_once = [row(128, "kernel", 1), row(128, "sdpa", 2), row(256, "kernel", 3), row(256, "sdpa", 2)]
+    faster = [row(512, "kernel", 3), row(512, "sdpa", 4), row(1024, "kernel", 5), row(1024, "sdpa", 9)]
+    never = [row(512, "kernel", 3, 128), row(512, "sdpa", 1, 128), row(512, "flex", 9, 128)]
+    table = bench_kernels.table([*slower_once, *faster, *never], "H9")
+    assert table == {"H9": {"attention": {"bfloat16": {"64": 512}}}}

@@ -54,7 +54,8 @@ class Request:
         config: A TOML file.
         overrides: `section.key=value`.
         only: One cell, by its id or its number in the plan; no report is written.
-        jobs: Cells at once on this machine; None for one a CPU, or one where there is a GPU, which a cell fills.
+        jobs: Cells at once on this machine; None for one a CPU, no more than there are, or one where there is a GPU,
+            which a cell fills.
         limit_minutes: After which no further work is begun, and trainings save and leave.
     """
 
@@ -75,7 +76,8 @@ def run(request: Request) -> int:
     """Returns 0 once every cell is done and the report is written, 75 where work is left, 1 where a cell broke."""
     deadline = None if request.limit_minutes is None else time.monotonic() + 60 * request.limit_minutes
     plan = freeze(*read(request.config, request.overrides))
-    jobs = request.jobs or (1 if torch.cuda.is_available() or plan.tree["processes"] > 1 else os.cpu_count() or 1)
+    crowded = torch.cuda.is_available() or plan.tree["processes"] > 1
+    jobs = request.jobs or (1 if crowded else min(os.cpu_count() or 1, len(plan.cells)))
     with asked_to_leave() as asked:
 
         def leave() -> bool:

@@ -3,6 +3,7 @@
 `scripts/bench.py kernels` and `scripts/bench.py compile` run this.
 """
 
+import importlib.util
 import re
 import statistics
 import subprocess
@@ -162,11 +163,13 @@ def elementwise(rows: int, width: int, dtype: torch.dtype, device: str) -> Itera
     x, update = (_random(rows, width, dtype=dtype, device=device) for _ in range(2))
     w, b = (_random(width, dtype=dtype, device=device) for _ in range(2))
     bytes_each, size = x.element_size() * x.numel(), x.numel()
-    norm = _ways(partial(add_rms_norm, eps=1e-6), partial(ops.add_rms_norm, eps=1e-6))
+    liger = _liger()
+    norm = _ways(partial(add_rms_norm, eps=1e-6), partial(ops.add_rms_norm, eps=1e-6), liger.get("rms_norm"))
     yield Case("rms_norm", size, width, (x, update, w), norm, traffic=8 * bytes_each)
-    norm = _ways(partial(add_layer_norm, eps=1e-5), partial(ops.add_layer_norm, eps=1e-5))
+    norm = _ways(partial(add_layer_norm, eps=1e-5), partial(ops.add_layer_norm, eps=1e-5), liger.get("layer_norm"))
     yield Case("layer_norm", size, width, (x, update, w, b), norm, traffic=8 * bytes_each)
-    yield Case("glu", size, width, (x, update), _ways(swiglu, ops.swiglu), traffic=8 * bytes_each)
+    gate = _ways(swiglu, ops.swiglu, liger.get("glu"))
+    yield Case("glu", size, width, (x, update), gate, traffic=8 * bytes_each)
 
 
 def rope(batch: int, heads: int, length: int, width: int, dtype: torch.dtype, device: str) -> Case:
@@ -182,7 +185,9 @@ def rope(batch: int, heads: int, length: int, width: int, dtype: torch.dtype, de
         return lambda q, k: fn(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
 
     traffic = 4 * q.element_size() * (q.numel() + k.numel())
-    return Case("rope", q.numel(), width, (q, k), _ways(over(kernel), over(ops.rope)), traffic)
+    liger = _liger().get("rope")
+    ways = _ways(over(kernel), over(ops.rope), None if liger is None else over(liger))
+    return Case("rope", q.numel(), width, (q, k), ways, traffic)
 
 
 def attention(
@@ -254,8 +259,11 @@ def loss(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: str
             total = total + checkpoint(ops.linear_cross_entropy_sum, part, w, label, use_reentrant=False)
         return total
 
+    liger = _liger().get("linear_cross_entropy")
     ways = _ways(
-        lambda x, w: file.linear_cross_entropy(x, w, labels), lambda x, w: ops.linear_cross_entropy_sum(x, w, labels)
+        lambda x, w: file.linear_cross_entropy(x, w, labels),
+        lambda x, w: ops.linear_cross_entropy_sum(x, w, labels),
+        None if liger is None else lambda x, w: liger(x, w, labels),
     )
     return Case(
         "linear_cross_entropy", rows, vocabulary, (x, w), ways | {"torch, chunked": chunked},
@@ -263,10 +271,42 @@ def loss(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: str
     )  # fmt: skip
 
 
-def _ways(kernel: Way, reference: Way) -> dict[str, Way]:
-    """Returns the kernel, plain torch (for whoever has switched kernels off), and plain torch compiled."""
+def _ways(kernel: Way, reference: Way, liger: Way | None) -> dict[str, Way]:
+    """Returns the kernel, plain torch (for whoever has switched kernels off), compiled where there is a GPU, Liger."""
     ways = {"kernel": kernel, "torch": reference}
-    return ways | {"torch, compiled": torch.compile(reference, dynamic=False)} if torch.cuda.is_available() else ways
+    if torch.cuda.is_available():
+        ways["torch, compiled"] = torch.compile(reference, dynamic=False)
+    return ways if liger is None else ways | {"liger": liger}
+
+
+def _liger() -> dict[str, Way]:
+    """Returns Liger's way of each operation that it has; none where it is not installed.
+
+    Its rotation and gate write over their inputs, which saves it memory here.
+    """
+    if importlib.util.find_spec("liger_kernel") is None:
+        return {}
+    from liger_kernel import ops as liger
+
+    def add_rms_norm(x: Tensor, update: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        normed, x = liger.LigerFusedAddRMSNormFunction.apply(x, update, w, 1e-6, 0.0, "llama", False)
+        return x, normed
+
+    def add_layer_norm(x: Tensor, update: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + update
+        return x, liger.LigerLayerNormFunction.apply(x, w, b, 1e-5)
+
+    def linear_cross_entropy(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+        function = liger.LigerFusedLinearCrossEntropyFunction
+        return function.apply(x, w, labels, None, None, -100, 0.0, 0.0, "sum")[0]
+
+    return {
+        "rms_norm": add_rms_norm,
+        "layer_norm": add_layer_norm,
+        "glu": liger.LigerSiLUMulFunction.apply,
+        "rope": lambda q, k, cos, sin: liger.LigerRopeFunction.apply(q, k, cos[:, 0], sin[:, 0]),
+        "linear_cross_entropy": linear_cross_entropy,
+    }
 
 
 def _random(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -315,9 +355,10 @@ def compile_ahead(capability: int) -> list[dict[str, Any]]:
         for case in _ahead():
             facts = {"sm": capability, "operation": case.operation, "width": case.width}
             facts["dtype"] = str(case.inputs[0].dtype).removeprefix("torch.")
-            launched.clear()
-            _step(case, case.ways["kernel"])
-            rows += [facts | row for row in launched]
+            for by in [name for name in case.ways if name in ("kernel", "liger")]:
+                launched.clear()
+                _step(case, case.ways[by])
+                rows += [facts | {"by": by} | row for row in launched]
     finally:
         JITFunction.run = launch
     return rows

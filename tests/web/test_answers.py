@@ -147,11 +147,13 @@ def test_both_counts_of_a_span_name_the_same_text(text, start, length):
 def test_a_passage_is_stored_once_however_it_comes(me):
     first = me.call("POST", "/api/passages", json={"text": "One text.\r\nTwo lines."})
     second = me.call("POST", "/api/passages", files={"file": ("a.txt", "One text.\nTwo lines.".encode("utf-8-sig"))})
-    assert first["id"] == second["id"] and first["title"] == "One text. Two lines."
+    assert first["id"] == second["id"] and first["title"] == "One text."
     assert me.call("GET", f"/api/passages/{first['id']}")["text"] == "One text.\nTwo lines."
     assert "text" not in me.call("GET", "/api/passages")["passages"][0]
     error = me.call("POST", "/api/passages", 400, files={"file": ("a.bin", b"\xff\xfe\x00")})["error"]
     assert error["message"] == "a.bin: not a text file in UTF-8"
+    long = me.call("POST", "/api/passages", json={"text": "a word " * 50})
+    assert long["title"] == "a word " * 8 + "a…"
     me.call("POST", "/api/passages", 400, json={"text": ""})
     me.call("POST", "/api/passages", 400, json={"text": "x" * 1_000_001})
     me.call("POST", "/api/passages", 413, content=b"x" * (9 * 2**20))

@@ -35,7 +35,7 @@ from babl.web.chat.models import (
 )
 from babl.web.engine.protocol import Request, Settings
 
-TITLE = 60  # characters of a title made of the first question
+TITLE = 60  # characters of a title made of what is asked or attached
 COLUMNS = 8  # answers to one question at once
 TRASH_DAYS = 30
 LOCAL = "local"  # the user of a server without login
@@ -202,7 +202,7 @@ def _purge(conversations: Sequence[Conversation]) -> None:
 def add_passage(user: Any, text: str, title: str = "", **facts: Any) -> Passage:
     """Returns the user's passage of this text: the one that is there already, or a new one with these facts."""
     text = _text("the passage", text.replace("\r\n", "\n"), settings.PASSAGE_CHARACTERS, least=1)
-    title = _text("title", title, 200) or " ".join(text[:TITLE].split())
+    title = _text("title", title, 200) or _title(text)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     facts |= {"text": text, "title": title}
     return Passage.objects.get_or_create(owner=user, sha256=sha256, defaults=facts)[0]
@@ -255,9 +255,9 @@ def ask(user: Any, id: UUID, body: Ask) -> Asked:
     return Asked(question, answers, [selectors.request(answer.generation) for answer in answers])
 
 
-def _title(question: str) -> str:
+def _title(text: str) -> str:
     """Returns the first line, or as many words of it as there is room for."""
-    line = " ".join(question.strip().split("\n", 1)[0].split())
+    line = " ".join(text.strip().split("\n", 1)[0].split())
     return line if len(line) <= TITLE else line[: TITLE - 1].rsplit(" ", 1)[0] + "…"
 
 

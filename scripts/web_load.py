@@ -158,6 +158,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="scripted", metavar="NAME")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="add every figure to it")
     args = parser.parse_args(argv)
+    if args.users < 1 or not args.seconds > 0:
+        parser.error(f"--users is {args.users} and --seconds {args.seconds:g}, expected at least 1 and more than 0")
     scripted = args.model == "scripted"
     environment = os.environ | {"BABL_QUESTIONS_PER_MINUTE": "1000000", "BABL_SCRIPTED": str(int(scripted))}
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,21 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import torch
 
+from babl.models.build import ModelConfig, build_model
+from babl.models.weights import save_pretrained
+from babl.text import train_tokenizer
+
+WORDS = "the small fox reads a long book about old rivers and the town where nobody asks who answers what"
+SHAPES = {
+    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4},
+    "llama": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256,
+    },
+    "bloom": {"hidden_size": 48, "n_layer": 2, "n_head": 6},
+}  # fmt: skip
 LINK = re.compile(r"Babl is at (http://\S+)")
 
 
@@ -240,3 +254,20 @@ def shared_house(tmp_path_factory, database, serving):
     environment = {"BABL_AUTH": "login", "SECRET_KEY": "x" * 50, "ALLOWED_HOSTS": "127.0.0.1"}
     with serving(tmp_path_factory.mktemp("house"), environment | database()) as this:
         yield this
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """A function: the folder holds a tiny model of a family, sharp enough that no two tokens are equally likely."""
+
+    def make(family, folder, seed=3):
+        train_tokenizer([WORDS] * 4, 330, folder)
+        model, _ = build_model(ModelConfig(family=family, shape=SHAPES[family], tokenizer=str(folder)), folder, seed)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.15)
+        save_pretrained(model, folder)
+        return folder
+
+    return make

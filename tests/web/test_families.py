@@ -2,33 +2,17 @@
 
 import openai
 import pytest
-import torch
 
 from babl.generation import Engine
-from babl.models.build import ModelConfig, build_model
-from babl.models.weights import save_pretrained
-from babl.text import train_tokenizer
 
-WORDS = "the small fox reads a long book about old rivers and the town where nobody asks who answers what"
-SHAPES = {
-    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4},
-    "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "bloom": {"hidden_size": 48, "n_layer": 2, "n_head": 6},
-}
+FAMILIES = ("t5", "llama", "bloom")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory, make_model):
     folder = tmp_path_factory.mktemp("families")
-    for family, shape in SHAPES.items():
-        train_tokenizer([WORDS] * 4, 330, folder / family)
-        chosen = ModelConfig(family=family, shape=shape, tokenizer=str(folder / family))
-        model, _ = build_model(chosen, folder / family, 5)
-        torch.manual_seed(5)
-        with torch.no_grad():
-            for parameter in model.parameters():  # sharp enough that no two tokens are equally likely
-                parameter.add_(torch.randn_like(parameter) * 0.15)
-        save_pretrained(model, folder / family)
+    for family in FAMILIES:
+        make_model(family, folder / family, 5)  # a seed whose T5 writes whole characters
     return folder
 
 
@@ -49,7 +33,7 @@ def streamed(create, **settings):
     return "".join(pieces), sum(map(bool, pieces))
 
 
-@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_of_each_family_streams_and_honours_a_temperature_of_0(client, models, family):
     assert family in [model.id for model in client.models.list()]
     prompt = "nobody asks the fox"

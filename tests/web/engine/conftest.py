@@ -9,45 +9,22 @@ import pytest
 import torch
 
 from babl.generation import Engine
-from babl.models.build import ModelConfig, build_model
-from babl.models.weights import save_pretrained
-from babl.text import train_tokenizer
 from babl.web.engine.client import EngineClient
 from babl.web.engine.protocol import ChatRequest, CompletionRequest, Delta, Done, Failed, Message, QARequest, Settings
 from babl.web.engine.scheduler import Scheduler
 
-WORDS = "the small fox reads a long book about old rivers and the town where nobody asks who answers what"
-SHAPES = {
-    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4},
-    "llama": {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 256,
-    },
-    "bloom": {"hidden_size": 48, "n_layer": 2, "n_head": 6},
-}  # fmt: skip
+FAMILIES = ("t5", "llama", "bloom")
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
-def make_model(family, folder, seed=3):
-    """The folder holds a model, sharp enough that no two tokens are equally likely."""
-    train_tokenizer([WORDS] * 4, 330, folder)
-    model, _ = build_model(ModelConfig(family=family, shape=SHAPES[family], tokenizer=str(folder)), folder, seed)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.15)
-    save_pretrained(model, folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, make_model):
     """Holds a model of each family, "talks", with a chat template, and two that are unusable."""
     folder = tmp_path_factory.mktemp("models")
-    for family in SHAPES:
+    for family in FAMILIES:
         make_model(family, folder / family)
     settings = make_model("llama", folder / "talks", seed=5) / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": TEMPLATE}))
@@ -60,7 +37,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def engines(folder):
     """Babl's own engines of the same folders."""
-    return {name: Engine.load(folder / name, "cpu") for name in (*SHAPES, "talks")}
+    return {name: Engine.load(folder / name, "cpu") for name in (*FAMILIES, "talks")}
 
 
 numbers = itertools.count()

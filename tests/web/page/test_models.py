@@ -2,25 +2,13 @@
 
 import pytest
 
-from babl.models.build import ModelConfig, build_model
-from babl.models.weights import save_pretrained
-from babl.text import train_tokenizer
-
 pytestmark = pytest.mark.browser
-SHAPE = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
 REAL = {"BABL_SCRIPTED": "0"}
 
 
-def make_model(folder):
-    folder.mkdir(parents=True)
-    train_tokenizer(["the fox lives in a den by the river and eats what it finds"] * 4, 300, folder)
-    model, _ = build_model(ModelConfig(family="t5", shape=SHAPE, tokenizer=str(folder)), folder, 3)
-    save_pretrained(model, folder)
-
-
-def test_two_models_of_ones_own_answer_about_a_passage(open_tab, serving, tmp_path):
+def test_two_models_of_ones_own_answer_about_a_passage(open_tab, serving, tmp_path, make_model):
     for name in ("one", "two"):
-        make_model(tmp_path / "data" / name)
+        make_model("t5", tmp_path / "data" / name, 5)
     with serving(tmp_path / "data", REAL) as server:
         tab = open_tab(of=server)
         page = tab.page

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from babl.distributed.backend import OptimizerFn, Share, Tensors, deal, materialize, set_learning_rate
+from babl.distributed.base import OptimizerFn, Share, Tensors, deal, materialize, set_learning_rate
 from babl.distributed.env import World
 
 
 class DDP:
-    """See `babl.distributed.backend.Backend`."""
+    """See `babl.distributed.base.Backend`."""
 
     whole = True
 

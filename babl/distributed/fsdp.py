@@ -10,13 +10,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from babl.distributed.backend import OptimizerFn, Share, Stored, Tensors, blocks, deal, materialize, set_learning_rate
+from babl.distributed.base import OptimizerFn, Share, Stored, Tensors, deal, materialize, set_learning_rate
 from babl.distributed.env import World, start_group
 from babl.errors import UserError
 
 
 class FSDP:
-    """See `babl.distributed.backend.Backend`."""
+    """See `babl.distributed.base.Backend`."""
 
     whole = False
 
@@ -36,7 +36,8 @@ class FSDP:
         mesh = init_device_mesh(self.world.device.type, (self.world.size,))
         # On a CPU there is nothing to offload to, and torch would look for a GPU.
         offload = CPUOffloadPolicy() if self.offload and self.world.device.type != "cpu" else OffloadPolicy()
-        for part in (*blocks(model), model):
+        units: list[nn.Module] = getattr(model, "units", list)()  # a module without any is sharded as one
+        for part in (*units, model):
             sharded = fully_shard(part, mesh=mesh, mp_policy=self.precision, offload_policy=offload)
             sharded.set_gradient_divide_factor(1.0)  # a loss is a share of a sum: gradients are added, never averaged
             sharded.set_force_sum_reduction_for_comms(True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from babl.distributed.backend import (
+from babl.distributed.base import (
     DistributedConfig,
     OptimizerFn,
     Share,
@@ -28,7 +28,7 @@ ELSEWHERE = {"optimizer": "[optim]", "scheduler": "[optim]", "gradient_clipping"
 
 
 class Zero:
-    """See `babl.distributed.backend.Backend`."""
+    """See `babl.distributed.base.Backend`."""
 
     def __init__(self, world: World, bf16: bool, cfg: DistributedConfig):
         self.world, self.bf16, self.cfg = world, bf16, cfg

@@ -23,6 +23,11 @@ class Model(nn.Module, ABC):
     config: Any
     context_length: int | None = None
 
+    def units(self) -> list[nn.Module]:
+        """Returns the blocks of every stack, in order: what is recomputed, or sharded, as one."""
+        stacks = [module for name, module in self.named_modules() if name.rpartition(".")[2] == "blocks"]
+        return [block for stack in stacks for block in stack.children()]
+
     @abstractmethod
     def tie_weights(self) -> None:
         """Head and embedding are one parameter, where the config says so."""

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from babl.distributed.backend import Share, Tensors
+from babl.distributed.base import Share, Tensors
 from babl.distributed.env import World
 from babl.errors import UserError
 from babl.models.weights import save_config, save_index, save_shard, shard_name, stored_weights

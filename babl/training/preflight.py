@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from babl.data.collate import Batch
-from babl.distributed.backend import Backend
+from babl.distributed.base import Backend
 from babl.distributed.env import World
 from babl.errors import UserError
 from babl.training.checkpoint import Checkpoints

@@ -5,10 +5,9 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from babl.distributed.backend import blocks
+from babl.models.layers import Model
 
 Recompute = Literal["none", "selective", "all"]
 _aten = torch.ops.aten
@@ -23,7 +22,7 @@ PRODUCTS = [
 ]
 
 
-def recompute_blocks(model: nn.Module, what: Recompute) -> None:
+def recompute_blocks(model: Model, what: Recompute) -> None:
     """The blocks of a model keep less for the backward, which gives the same gradients for it.
 
     `all` keeps a block's input alone; `selective` keeps the results of matrix products too, so that only what is cheap
@@ -34,7 +33,7 @@ def recompute_blocks(model: nn.Module, what: Recompute) -> None:
     if what == "none":
         return
     contexts = partial(create_selective_checkpoint_contexts, PRODUCTS) if what == "selective" else noop_context_fn
-    for block in blocks(model):
+    for block in model.units():
         # The method, not a module around it: parameters keep their names.
         setattr(block, "forward", _recomputed(block.forward, contexts))  # noqa: B010 (mypy knows forward as a method)
 

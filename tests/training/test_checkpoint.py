@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from babl.distributed.backend import Share
+from babl.distributed.base import Share
 from babl.distributed.env import World
 from babl.errors import UserError
 from babl.models import from_pretrained

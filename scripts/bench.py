@@ -7,6 +7,7 @@
     python scripts/bench.py overlap --out benchmarks/overlap-cpu.json
     python scripts/bench.py score --out benchmarks/score-cpu.json
     python scripts/bench.py kernels --table --out benchmarks/kernels-gpu.json
+    python scripts/bench.py gpu --out benchmarks/training-gpu.json
     python scripts/bench.py compile --out benchmarks/kernels-compiled.json
 
 What is compared runs in turn, A B A B, so that the moods of a machine fall on both; a ratio is the median over the
@@ -61,7 +62,7 @@ from babl.models import from_pretrained, save_pretrained
 from babl.models.llama import Llama, LlamaConfig
 from babl.models.t5 import T5, T5Config
 from babl.models.weights import describe
-from babl.scripts import bench_kernels
+from babl.scripts import bench_gpu, bench_kernels
 from babl.text.normalize import normalize_answer
 from babl.training.loss import token_loss
 from babl.training.optimizer import OptimConfig, make_optimizer
@@ -516,12 +517,14 @@ def _watched(command: Sequence[str]) -> tuple[float, float]:
     return time.perf_counter() - begun, peak
 
 
-def kernels(repeats: int, write_table: bool) -> list[dict[str, Any]]:
+def kernels(repeats: int, write_table: bool, operations: Sequence[str]) -> list[dict[str, Any]]:
     """Returns the rows of `bench_kernels.measure`; kernels are chosen by them from then on, where asked."""
     ops.use_kernels("off")  # what is compared with is plain torch
-    rows = bench_kernels.measure(repeats)
+    rows = bench_kernels.measure(repeats, operations=operations)
     if write_table:
-        measured = ops.MEASURED | bench_kernels.table(rows, torch.cuda.get_device_name())
+        (gpu, found), *_ = bench_kernels.table(rows, torch.cuda.get_device_name()).items()
+        kept = {name: of for name, of in ops.MEASURED.get(gpu, {}).items() if operations and name not in operations}
+        measured = ops.MEASURED | {gpu: kept | found}
         ops.MEASURED_FILE.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     return rows
 
@@ -563,7 +566,12 @@ def main(argv: list[str] | None = None) -> int:
     job = jobs.add_parser("kernels", help="Triton kernels beside what torch has, on a GPU")
     job.add_argument("--repeats", type=int, default=3, metavar="N")
     job.add_argument("--table", action="store_true", help="write kernels/measured.json, by which kernels are chosen")
-    job.set_defaults(run=lambda a: kernels(a.repeats, a.table))
+    job.add_argument("--operation", action="append", default=[], metavar="NAME", help="one only; may be repeated")
+    job.set_defaults(run=lambda a: kernels(a.repeats, a.table, a.operation))
+    job = jobs.add_parser("gpu", help="training steps of published shapes on a GPU, without and with kernels")
+    job.add_argument("--model", action="append", choices=bench_gpu.WORK, help="one only; may be repeated")
+    job.add_argument("--steps", type=int, default=10, metavar="N", help="timed ones of each way (default 10)")
+    job.set_defaults(run=lambda a: bench_gpu.measure(a.model or list(bench_gpu.WORK), a.steps))
     job = jobs.add_parser(
         "compile", help="registers and memory of the kernels, compiled for GPUs that need not be here"
     )

@@ -53,8 +53,13 @@ class Case:
     work: int = 0
 
 
-def measure(repeats: int, cases: Iterable[Case] | None = None) -> list[dict[str, Any]]:
+def measure(repeats: int, cases: Iterable[Case] | None = None, operations: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Returns a row for each case and way: milliseconds of forward and backward, what of the ceiling that is, memory.
+
+    Args:
+        repeats: Turns in which each way is timed.
+        cases: What is measured; by default, every operation at the shapes of published models.
+        operations: Of these only; all where empty.
 
     Raises:
         UserError: There is no GPU, and no cases are given.
@@ -65,6 +70,8 @@ def measure(repeats: int, cases: Iterable[Case] | None = None) -> list[dict[str,
     bandwidth, peak = ceilings() if gpu else (0.0, 0.0)
     rows = []
     for case in _all_cases() if cases is None else cases:
+        if operations and case.operation not in operations:
+            continue
         times: dict[str, list[float]] = {name: [] for name in case.ways}
         memory = {name: _peak_memory(case, way) for name, way in case.ways.items()}  # and compiles it
         for _ in range(repeats):  # in turn

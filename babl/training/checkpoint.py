@@ -42,7 +42,7 @@ def written_whole(target: Path) -> Iterator[Path]:
     aside = _begin(target)
     try:
         yield aside
-        _finish(aside, target, _entries(path for path in aside.iterdir() if path.is_file()))
+        _finish(aside, target, _entries(aside, _files(aside)))
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror})") from error
     finally:
@@ -85,7 +85,8 @@ class Checkpoints:
             share: This rank's, from the backend.
             config: The model's.
             state: What the loop needs to go on, as JSON.
-            write: Puts what else belongs there into the folder it is given; called on rank 0.
+            write: Puts what else belongs there into the folder it is given, in folders of its own or not; called on
+                rank 0.
 
         Raises:
             UserError: This one or, in the background, the one before cannot be written.
@@ -130,15 +131,15 @@ class Checkpoints:
             mine = [aside / shard_name(self.world.rank, ranks), aside / optimizer_name(self.world.rank, ranks)]
             save_shard(config, share.weights, mine[0])
             save_file(share.optimizer, mine[1])
-            return _entries(mine)
+            return _entries(aside, mine)
 
         def finish(entries: list[dict[str, dict[str, Any]]]) -> None:
-            shards = set(aside.iterdir())
+            shards = _files(aside)
             save_config(config, torch.float32, aside)
             save_index(aside, ranks)
             write(aside)
             (aside / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-            manifest = _entries(set(aside.iterdir()) - shards)
+            manifest = _entries(aside, _files(aside) - shards)
             for entry in entries:
                 manifest |= entry
             _finish(aside, target, manifest)
@@ -264,19 +265,24 @@ def _begin(target: Path) -> Path:
     return aside
 
 
-def _entries(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Returns the manifest's entries of these files, which are on disk."""
+def _files(folder: Path) -> set[Path]:
+    """Returns the files in a folder and in those below it."""
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+def _entries(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Returns the manifest's entries of these files of the folder, which are on disk."""
     entries = {}
     for path in sorted(paths):
         _sync(path)
-        entries[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     return entries
 
 
 def _finish(aside: Path, target: Path, manifest: dict[str, dict[str, Any]]) -> None:
     """The folder written aside has its manifest, and its name."""
     (aside / MANIFEST).write_text(json.dumps(dict(sorted(manifest.items())), indent=2) + "\n", encoding="utf-8")
-    for path in (aside / MANIFEST, aside):
+    for path in (aside / MANIFEST, *(path for path in aside.rglob("*") if path.is_dir()), aside):
         _sync(path)
     if target.exists():
         shutil.rmtree(target)

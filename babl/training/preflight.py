@@ -65,9 +65,9 @@ def try_checkpoint(
         load(written)
         me.barrier()
         if me.is_main:
-            size = sum(path.stat().st_size for path in written.iterdir())
+            size = sum(path.stat().st_size for path in written.rglob("*"))
             size += state_bytes(optim, sum(path.stat().st_size for path in written.glob("model*.safetensors")))
-            free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in written.iterdir())
+            free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in written.rglob("*"))
             room = f"{at_once} x {size / MIB:,.0f} MiB for checkpoints, {free / MIB:,.0f} MiB free"
             if at_once * size > free:
                 raise UserError(f"run.dir: {folder} needs {room}; train.keep_last, which counts one less, can lower it")

@@ -1,10 +1,12 @@
+import hashlib
+import json
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from babl.distributed.base import Share
 from babl.distributed.env import World
@@ -57,6 +59,28 @@ def test_what_a_crash_left_behind_goes_with_the_next_save(tmp_path):
     (tmp_path / ".step_000001.tmp" / "model.safetensors").write_text("half")
     save(Checkpoints(tmp_path, ALONE, 2, 0, False), 2)
     assert names(tmp_path) == ["latest", "step_000002"]
+
+
+def test_what_the_loop_keeps_of_its_own_may_be_folders_and_is_held_to_the_manifest(tmp_path):
+    def write(folder):
+        (folder / "average" / "fast").mkdir(parents=True)
+        save_file({"w": torch.arange(4.0)}, folder / "average" / "fast" / "model.safetensors")
+        (folder / "average" / "best.json").write_text("{}")
+
+    model = tiny()
+    share = Share({n: p.detach() for n, p in model.named_parameters()}, {"a/step": torch.tensor(1.0)})
+    Checkpoints(tmp_path, ALONE, 2, 0, False).save(1, share, model.config, {"step": 1}, write)
+    target = tmp_path / "step_000001"
+    manifest = json.loads((target / "manifest.json").read_text())
+    on_disk = {path.relative_to(target).as_posix(): path for path in target.rglob("*") if path.is_file()}
+    on_disk.pop("manifest.json")
+    assert manifest.keys() == on_disk.keys() > {"average/fast/model.safetensors", "average/best.json"}
+    for name, path in on_disk.items():
+        content = path.read_bytes()
+        assert manifest[name] == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert find_fault(target) is None
+    on_disk["average/fast/model.safetensors"].write_bytes(b"x")
+    assert "average/fast/model.safetensors has 1 bytes" in find_fault(target)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ vocabulary.
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from babl import ops
 from babl.errors import UserError
 from babl.models.cache import Cache
-from babl.models.layers import Dropout, Head, Model, number_sites
+from babl.models.layers import Dropout, Head, Model, number_sites, stated_fields
 
 ALIASES = {"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 
@@ -42,8 +42,8 @@ class BloomConfig:
     attention_dropout: float = 0.0
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 1
-    eos_token_id: int = 2
-    pad_token_id: int = 3
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = 3
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.n_head:
@@ -62,8 +62,7 @@ class BloomConfig:
         """
         if config.get("apply_residual_connection_post_layernorm"):
             raise UserError("apply_residual_connection_post_layernorm is true, expected false")
-        named = {ALIASES.get(key, key): value for key, value in config.items() if value is not None}
-        known = {f.name: named[f.name] for f in fields(cls) if f.name in named}
+        known = stated_fields(cls, config, ALIASES)
         return cls(**(known | {"tie_word_embeddings": tied}))
 
     def to_hf(self) -> dict[str, Any]:

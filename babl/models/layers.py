@@ -1,12 +1,16 @@
 """What every family computes identically."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import fields
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from babl import ops
+from babl.errors import UserError
 from babl.models.cache import Cache
 
 
@@ -53,6 +57,36 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def head(self, x: Tensor, labels: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
         """Returns logits (..., V) for the token after states (..., C), or what `Head` makes of them and labels."""
+
+
+def stated_fields(
+    cls: type, config: dict[str, Any], aliases: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Returns what a parsed config.json says of the fields of a family's config.
+
+    A null means that it says nothing, except of a token's id, which a model may not have.
+
+    Args:
+        cls: The family's config, a dataclass.
+        config: Parsed.
+        aliases: Older names of fields.
+
+    Raises:
+        UserError: A value is not of its field's type.
+    """
+    stated: dict[str, Any] = {}
+    defaults = {f.name: f.default for f in fields(cls)}
+    for key, value in config.items():
+        name = aliases.get(key, key)
+        if name not in defaults or (value is None and not name.endswith("_token_id")):
+            continue
+        expected = type(defaults[name])
+        if expected in (int, float, bool, str) and not name.endswith("_token_id"):
+            exact = type(value) is expected
+            if not exact and not (expected is float and type(value) is int):
+                raise UserError(f"{key} is {value!r}, expected {expected.__name__}")
+        stated[name] = value
+    return stated
 
 
 class Head(nn.Linear):

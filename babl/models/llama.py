@@ -13,7 +13,7 @@ head width, F feed-forward, V vocabulary. H * D need not be C.
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from typing import Any, ClassVar
 
@@ -23,9 +23,15 @@ from torch import Tensor, nn
 from babl import ops
 from babl.errors import UserError
 from babl.models.cache import Cache
-from babl.models.layers import Dropout, Head, Model, number_sites, visible_bias
+from babl.models.layers import Dropout, Head, Model, number_sites, stated_fields, visible_bias
 
-LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# Of each way to scale rotations, the numbers it goes by.
+SCALING = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclass
@@ -44,10 +50,12 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict = field(default_factory=dict)
+    attention_bias: bool = False
+    mlp_bias: bool = False
     attention_dropout: float = 0.0
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
-    eos_token_id: int | list = 2
+    eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self) -> None:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
@@ -57,16 +65,33 @@ class LlamaConfig:
                 f"num_attention_heads is {self.num_attention_heads}, expected a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})"
             )
-        if self.rope_type not in ("default", "llama3"):
-            raise UserError(f"rope_type is {self.rope_type!r}, expected 'default' or 'llama3'")
-        absent = [name for name in LLAMA3_SCALING if self.rope_type == "llama3" and name not in self.rope_scaling]
-        if absent:
-            raise UserError(f"rope_scaling has no {absent[0]}, which rope_type 'llama3' needs")
+        if self.rope_type not in SCALING:
+            raise UserError(f"rope_type is {self.rope_type!r}, expected one of {', '.join(map(repr, SCALING))}")
+        for name in SCALING[self.rope_type]:
+            value = self.rope_scaling.get(name)
+            if not isinstance(value, int | float) or value <= 0:
+                raise UserError(
+                    f"rope_scaling has {name} {value!r}, expected a number above 0, which rope_type "
+                    f"{self.rope_type!r} needs"
+                )
 
     @property
     def rope_type(self) -> str:
         """How rotations are scaled."""
         return self.rope_scaling.get("rope_type") or self.rope_scaling.get("type") or "default"
+
+    @property
+    def context_length(self) -> int:
+        """Most positions: beyond those it was trained on where rotations are slowed down evenly.
+
+        A `dynamic` scaling changes nothing within the original context, and moves every key beyond it, those in a cache
+        as well; it is computed within the original context alone.
+        """
+        if self.rope_type == "linear":
+            return int(self.max_position_embeddings * self.rope_scaling["factor"])
+        if self.rope_type == "dynamic":
+            return self.rope_scaling.get("original_max_position_embeddings") or self.max_position_embeddings
+        return self.max_position_embeddings
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], tied: bool) -> "LlamaConfig":
@@ -79,14 +104,14 @@ class LlamaConfig:
         Raises:
             UserError: The model is a variant of LLaMA that Babl does not compute.
         """
-        for name, expected in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-            if config.get(name, expected) != expected:
-                raise UserError(f"{name} is {config[name]!r}, expected {expected!r}")
-        known = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
-        if config.get("rope_parameters"):
-            scaling = dict(config["rope_parameters"])
-            known["rope_theta"] = scaling.pop("rope_theta", cls.rope_theta)
-            known["rope_scaling"] = {} if scaling == {"rope_type": "default"} else scaling
+        if config.get("hidden_act") not in (None, "silu"):
+            raise UserError(f"hidden_act is {config['hidden_act']!r}, expected 'silu'")
+        known = stated_fields(cls, config)
+        scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        inside = scaling.pop("rope_theta", None)
+        if inside is not None:
+            known["rope_theta"] = inside
+        known["rope_scaling"] = {} if set(scaling.values()) <= {"default", None} else scaling
         known["tie_word_embeddings"] = tied and bool(config.get("tie_word_embeddings", False))
         return cls(**known)
 
@@ -96,8 +121,6 @@ class LlamaConfig:
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
         }
         return named | asdict(self) | {"rope_scaling": self.rope_scaling or None}
 
@@ -109,9 +132,9 @@ def inverse_frequencies(width: int, theta: float, scaling: tuple[float, ...], de
     Args:
         width: D.
         theta: The slowest pair turns once in about 2 pi theta positions.
-        scaling: Empty, or the numbers of `LLAMA3_SCALING`: a pair that turns at least `high_freq_factor` times within
-            the original context is kept, one that turns less than `low_freq_factor` times is slowed by `factor`, and
-            between the two the slowing grows smoothly.
+        scaling: Empty; or the one factor by which every pair is slowed; or the numbers of llama3 in `SCALING`: a pair
+            that turns at least `high_freq_factor` times within the original context is kept, one that turns less than
+            `low_freq_factor` times is slowed by `factor`, and between the two the slowing grows smoothly.
         device: Where it is needed.
 
     Ref: Su et al. 2021, eq. 15; transformers' _compute_llama3_parameters.
@@ -120,6 +143,8 @@ def inverse_frequencies(width: int, theta: float, scaling: tuple[float, ...], de
         frequencies = 1.0 / theta ** (torch.arange(0, width, 2, device=device).float() / width)
         if not scaling:
             return frequencies
+        if len(scaling) == 1:
+            return frequencies / scaling[0]
         factor, low, high, context = scaling
         turns = context * frequencies / (2 * math.pi)  # within the original context
         kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
@@ -132,10 +157,11 @@ class LlamaAttention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        self.q = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
-        self.k = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.o = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        width, bias = config.hidden_size, config.attention_bias
+        self.q = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
+        self.k = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.v = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.o = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=bias)
         self.dropout = Dropout(config.attention_dropout)
 
     def forward(
@@ -162,9 +188,9 @@ class LlamaMLP(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return self.down(ops.swiglu(self.gate(x), self.up(x)))  # (B, T, F) inside
@@ -224,7 +250,7 @@ class Llama(Model):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.context_length = config.max_position_embeddings
+        self.context_length = config.context_length
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(LlamaBlock(config) for _ in range(config.num_hidden_layers))
         self.final_norm = LlamaNorm(config)
@@ -250,7 +276,7 @@ class Llama(Model):
         config = self.config
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
                 std = 0.5 if name == "embed.weight" else parameter.shape[-1] ** -0.5
                 parameter.normal_(0.0, std, generator=generator)
@@ -265,7 +291,8 @@ class Llama(Model):
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Returns cosine and sine, (B, 1, T, D), of the angles at positions, (B, T); the angles are taken in fp32."""
         config = self.config
-        scaling = tuple(config.rope_scaling[name] for name in LLAMA3_SCALING) if config.rope_type == "llama3" else ()
+        names = () if config.rope_type == "dynamic" else SCALING[config.rope_type]
+        scaling = tuple(config.rope_scaling[name] for name in names)
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, scaling, positions.device)
         angles = (positions[:, None, :, None].float() * frequencies).repeat(1, 1, 1, 2)  # (B, 1, T, D)
         dtype = self.embed.weight.dtype
@@ -345,9 +372,11 @@ def hf_keys(config: LlamaConfig) -> dict[str, str]:
     parts = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     parts |= {f"attention.{name}": f"self_attn.{name}_proj" for name in "qkvo"}
     parts |= {f"mlp.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+    biased = {"attention": config.attention_bias, "mlp": config.mlp_bias}
     for layer in range(config.num_hidden_layers):
         for ours, theirs in parts.items():
-            keys[f"blocks.{layer}.{ours}.weight"] = f"model.layers.{layer}.{theirs}.weight"
+            for part in ("weight", "bias") if biased.get(ours.partition(".")[0]) else ("weight",):
+                keys[f"blocks.{layer}.{ours}.{part}"] = f"model.layers.{layer}.{theirs}.{part}"
     return keys
 
 

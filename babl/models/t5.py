@@ -2,9 +2,9 @@
 
 Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", and
 Shazeer 2020 for the gated form (v1.1, FLAN). What differs from the transformer of 2017: positions enter as a learned
-bias on the attention scores, one table per stack, shared by its blocks; scores are not divided by sqrt(D); norms have
-no mean and no bias and stand before each sub-layer; linear layers have no bias; v1.0 ties the head to the embedding
-and scales its input by C**-0.5.
+bias on the attention scores, one table per stack, shared by its blocks (UMT5: one per block); scores are not divided by
+sqrt(D); norms have no mean and no bias and stand before each sub-layer; linear layers have no bias; v1.0 ties the head
+to the embedding and scales its input by C**-0.5.
 
 Shapes: B batch, S source, T target, C model width, H heads, D head width, F feed-forward, V vocabulary. H * D need
 not be C.
@@ -12,8 +12,8 @@ not be C.
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -24,7 +24,11 @@ from torch import Tensor, nn
 from babl import ops
 from babl.errors import UserError
 from babl.models.cache import Cache
-from babl.models.layers import Dropout, Head, Model, number_sites
+from babl.models.layers import Dropout, Head, Model, number_sites, stated_fields
+
+GATED_KEYS = {"gate": "wi_0", "wi": "wi_1", "wo": "wo"}
+# Of each feed-forward, the names of its layers here -> in a transformers folder.
+MLP_KEYS = {"relu": {"wi": "wi", "wo": "wo"}, "gated-gelu": GATED_KEYS, "gated-silu": GATED_KEYS}
 
 
 @dataclass
@@ -32,6 +36,8 @@ class T5Config:
     """Sizes and variants, by the names of transformers' T5Config."""
 
     model_type: ClassVar[str] = "t5"
+    architecture: ClassVar[str] = "T5ForConditionalGeneration"
+    bias_in_every_block: ClassVar[bool] = False
     vocab_size: int = 32128
     d_model: int = 512
     d_kv: int = 64
@@ -47,14 +53,13 @@ class T5Config:
     tie_word_embeddings: bool = True
     scale_decoder_outputs: bool = True
     pad_token_id: int = 0
-    eos_token_id: int = 1
+    eos_token_id: int | list[int] | None = 1
     decoder_start_token_id: int = 0
 
     def __post_init__(self) -> None:
-        if self.feed_forward_proj not in ("relu", "gated-gelu"):
-            raise UserError(
-                f"feed_forward_proj is {self.feed_forward_proj!r}, expected 'relu' (v1.0) or 'gated-gelu' (v1.1)"
-            )
+        if self.feed_forward_proj not in MLP_KEYS:
+            expected = ", ".join(map(repr, MLP_KEYS))
+            raise UserError(f"feed_forward_proj is {self.feed_forward_proj!r}, expected one of {expected}")
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], tied: bool) -> "T5Config":
@@ -65,20 +70,55 @@ class T5Config:
             tied: Whether the file holds one tensor for embedding and head; the config does not tell, because
                 version 5 writes `tie_word_embeddings: true` for every T5.
         """
-        known = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
+        known = stated_fields(cls, config)
         known["num_decoder_layers"] = config.get("num_decoder_layers") or config["num_layers"]
-        known["scale_decoder_outputs"] = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
+        known["scale_decoder_outputs"] = cls.scales(config, tied)
         known["tie_word_embeddings"] = tied
         return cls(**known)
+
+    @classmethod
+    def scales(cls, config: dict[str, Any], tied: bool) -> bool:
+        """Returns whether the head's input is scaled; arguments as for `from_hf`."""
+        return config.get("scale_decoder_outputs", config.get("tie_word_embeddings") is not False)
 
     def to_hf(self) -> dict[str, Any]:
         """Returns what config.json says of this model."""
         named = {
-            "architectures": ["T5ForConditionalGeneration"],
-            "model_type": "t5",
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
             "is_encoder_decoder": True,
         }
-        return named | asdict(self)
+        # transformers 4 scales where it ties, and only there; 5 goes by `scale_decoder_outputs`, and by the file.
+        return named | asdict(self) | {"tie_word_embeddings": self.tie_word_embeddings and self.scale_decoder_outputs}
+
+
+class MT5Config(T5Config):
+    """Of mT5 (Xue et al. 2021): T5 v1.1 on a multilingual corpus; the head's input is never scaled."""
+
+    model_type: ClassVar[str] = "mt5"
+    architecture: ClassVar[str] = "MT5ForConditionalGeneration"
+
+    @classmethod
+    def scales(cls, config: dict[str, Any], tied: bool) -> bool:
+        """Returns false."""
+        return False
+
+
+class UMT5Config(T5Config):
+    """Of UMT5 (Chung et al. 2023): mT5 with a table of position biases in every block.
+
+    The head's input is scaled where head and embedding are tied, as T5X and transformers 4 do; transformers 5 scales it
+    for a head of its own, too.
+    """
+
+    model_type: ClassVar[str] = "umt5"
+    architecture: ClassVar[str] = "UMT5ForConditionalGeneration"
+    bias_in_every_block: ClassVar[bool] = True
+
+    @classmethod
+    def scales(cls, config: dict[str, Any], tied: bool) -> bool:
+        """Returns whether head and embedding are tied."""
+        return tied
 
 
 class T5Attention(nn.Module):
@@ -111,20 +151,20 @@ class T5Attention(nn.Module):
 
 
 class T5MLP(nn.Module):
-    """ReLU (v1.0), or GELU of one branch times the other (v1.1)."""
+    """ReLU (v1.0), or GELU (v1.1) or SiLU of one branch times the other."""
 
     def __init__(self, config: T5Config):
         super().__init__()
-        self.gated = config.feed_forward_proj == "gated-gelu"
+        self.gate_with = {"gated-gelu": ops.geglu, "gated-silu": ops.swiglu}.get(config.feed_forward_proj)
         self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
-        if self.gated:
+        if self.gate_with is not None:
             self.gate = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
         self.dropout = Dropout(config.dropout_rate)
 
     def forward(self, x: Tensor, key: Tensor | None) -> Tensor:  # noqa: D102
         hidden = self.wi(x)  # (B, S, F)
-        hidden = ops.geglu(self.gate(x), hidden) if self.gated else F.relu(hidden)
+        hidden = F.relu(hidden) if self.gate_with is None else self.gate_with(self.gate(x), hidden)
         return self.wo(self.dropout(hidden, key))
 
 
@@ -219,55 +259,66 @@ class T5Stack(nn.Module):
         self.is_decoder, self.head_width, self.drops = is_decoder, config.d_kv, config.dropout_rate > 0
         self.buckets = config.relative_attention_num_buckets, config.relative_attention_max_distance
         layers = config.num_decoder_layers if is_decoder else config.num_layers
-        self.relative_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+        tables = layers if config.bias_in_every_block else 1
+        table = partial(nn.Embedding, config.relative_attention_num_buckets, config.num_heads)
+        self.relative_bias = table()
+        self.later_relative_bias = nn.ModuleList(table() for _ in range(tables - 1))
         self.blocks = nn.ModuleList(T5Block(config, is_decoder) for _ in range(layers))
         self.final_norm = T5Norm(config)
         self.dropout = nn.ModuleList(Dropout(config.dropout_rate) for _ in range(2))
 
-    def position_bias(self, queries: Tensor, num_keys: int) -> Tensor:
-        """Returns the bias (B, H, T, S) between query positions, (B, T) int64, and keys 0 .. S-1.
+    def _looked_up(self, delta: Tensor) -> list[Tensor]:
+        """Returns each table's biases (..., H) of distances key - query, (...)."""
+        buckets = relative_bucket(delta, not self.is_decoder, *self.buckets)
+        return [table(buckets) for table in (self.relative_bias, *self.later_relative_bias)]
 
-        In the decoder it also hides the keys behind each query.
+    def position_bias(self, queries: Tensor, num_keys: int) -> list[Tensor]:
+        """Returns each table's bias (B, H, T, S) between query positions, (B, T) int64, and keys 0 .. S-1.
+
+        In the decoder it also hides the keys after each query.
         """
         delta = torch.arange(num_keys, device=queries.device) - queries.unsqueeze(-1)  # (B, T, S)
-        bias = self.relative_bias(relative_bucket(delta, not self.is_decoder, *self.buckets)).permute(0, 3, 1, 2)
+        biases = [bias.permute(0, 3, 1, 2) for bias in self._looked_up(delta)]
         if self.is_decoder:
-            bias = bias.masked_fill((delta > 0).unsqueeze(1), torch.finfo(bias.dtype).min)
-        return bias  # (B, H, T, S)
+            biases = [bias.masked_fill((delta > 0).unsqueeze(1), torch.finfo(bias.dtype).min) for bias in biases]
+        return biases  # (B, H, T, S) each
 
-    def text_bias(self, x: Tensor, mask: Tensor | None = None) -> Tensor | ops.Distances:
-        """Returns the bias of the self-attention over a whole text x, (B, S, C), written out only where it must be.
+    def text_bias(self, x: Tensor, mask: Tensor | None = None) -> Sequence[Tensor | ops.Distances]:
+        """Returns each table's bias of the self-attention over a whole text, written out only where it must be.
 
         Args:
-            x: Embedded tokens.
+            x: Embedded tokens, (B, S, C).
             mask: (B, S), 0 on padding; None where there is none.
         """
         length = x.shape[1]
         hidden = None if mask is None else mask.bool()
         if ops.reads_distances(x, self.head_width, learns=True, drops=self.training and self.drops):
-            delta = torch.arange(1 - length, length, device=x.device)
-            table = self.relative_bias(relative_bucket(delta, not self.is_decoder, *self.buckets))  # (2S - 1, H)
-            return ops.Distances(table.mT.float(), hidden, self.is_decoder)
-        bias = self.position_bias(torch.arange(length, device=x.device)[None], length)  # (1, H, S, S)
-        return bias if hidden is None else bias + ops.mask_bias(hidden[:, None, None], x.dtype)  # (B, H, S, S)
+            tables = self._looked_up(torch.arange(1 - length, length, device=x.device))  # (2S - 1, H) each
+            return [ops.Distances(table.mT.float(), hidden, self.is_decoder) for table in tables]
+        biases = self.position_bias(torch.arange(length, device=x.device)[None], length)  # (1, H, S, S) each
+        if hidden is None:
+            return biases
+        hide = ops.mask_bias(hidden[:, None, None], x.dtype)  # (B, 1, 1, S)
+        return [bias + hide for bias in biases]  # (B, H, S, S) each
 
     def forward(
         self,
         x: Tensor,
-        bias: Tensor | ops.Distances,
+        biases: Sequence[Tensor | ops.Distances],
         key: Tensor | None = None,
         memory: Tensor | None = None,
         memory_bias: Tensor | None = None,
         write: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         cross: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        """Returns the last states, (B, T, C), of embedded tokens x, (B, T, C).
+        """Returns the last states, (B, T, C), of embedded tokens x, (B, T, C); blocks share one bias, or have one each.
 
         Decoding with a cache, `write` puts a layer's new keys and values into it, and `cross` has the source's.
         """
         x = self.dropout[0](x, key)
         for layer, block in enumerate(self.blocks):
             source = memory if cross is None else cross[layer]
+            bias = biases[layer if len(biases) > 1 else 0]
             x = block(x, bias, key, source, memory_bias, None if write is None else partial(write, layer))
         return self.dropout[1](self.final_norm(x), key)
 
@@ -309,8 +360,8 @@ class T5(Model):
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
             else:
-                spread = {"shared": 0.5, "encoder.relative_bias": 0.1, "decoder.relative_bias": 0.1}
-                std = spread.get(name.removesuffix(".weight"), parameter.shape[-1] ** -0.5)
+                std = 0.5 if name == "shared.weight" else parameter.shape[-1] ** -0.5
+                std = 0.1 if "relative_bias" in name else std
                 parameter.normal_(0.0, std, generator=generator)
         for name, module in self.named_modules():
             if isinstance(module, T5Attention):
@@ -407,7 +458,10 @@ def hf_keys(config: T5Config) -> dict[str, str]:
     if not config.tie_word_embeddings:
         keys["lm_head.weight"] = "lm_head.weight"
     for stack, layers in (("encoder", config.num_layers), ("decoder", config.num_decoder_layers)):
-        keys[f"{stack}.relative_bias.weight"] = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        table = "layer.0.SelfAttention.relative_attention_bias.weight"
+        keys[f"{stack}.relative_bias.weight"] = f"{stack}.block.0.{table}"
+        for i in range(1, layers if config.bias_in_every_block else 1):
+            keys[f"{stack}.later_relative_bias.{i - 1}.weight"] = f"{stack}.block.{i}.{table}"
         keys[f"{stack}.final_norm.weight"] = f"{stack}.final_layer_norm.weight"
         sublayers = [
             ("attention", "SelfAttention", "qkvo"),
@@ -427,5 +481,5 @@ def hf_keys(config: T5Config) -> dict[str, str]:
     return keys
 
 
-IGNORED_KEYS = re.compile(r"(en|de)coder\.embed_tokens\.weight|.*\.EncDecAttention\.relative_attention_bias\.weight")
-MLP_KEYS = {"relu": {"wi": "wi", "wo": "wo"}, "gated-gelu": {"gate": "wi_0", "wi": "wi_1", "wo": "wo"}}
+EMBEDDING_KEYS = ("shared.weight", "decoder.embed_tokens.weight", "encoder.embed_tokens.weight")
+IGNORED_KEYS = re.compile(r".*\.EncDecAttention\.relative_attention_bias\.weight")

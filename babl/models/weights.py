@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,11 +21,14 @@ from babl.models.layers import Model
 from babl.text.tokenizer import TOKENIZER_FILES
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEAD = "lm_head.weight"  # of every family
 SHARD_BYTES = 5 << 30  # of a weight file: what the hub stores and fetches well
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# What a folder may hold of the model that was saved into it before.
+REPLACED = ("model*.safetensors", INDEX, "pytorch_model*.bin", "pytorch_model.bin.index.json", "generation_config.json")
 
 
-Family = Literal["t5", "llama", "bloom"]
+Family = Literal["t5", "llama", "bloom"]  # of which a new model can be made
 
 
 class FamilyParts(NamedTuple):
@@ -35,13 +39,42 @@ class FamilyParts(NamedTuple):
     hf_keys: Callable[[Any], dict[str, str]]
     ignored: re.Pattern[str]  # tensors that old folders carry and the model never used
     prefix: str  # of the names of all but the head, which folders of the bare model leave out
+    embedding: tuple[str, ...]  # the embedding's name, then those under which some folders hold it instead
 
 
-FAMILIES: dict[Family, FamilyParts] = {
-    "t5": FamilyParts(t5.T5, t5.T5Config, t5.hf_keys, t5.IGNORED_KEYS, ""),
-    "llama": FamilyParts(llama.Llama, llama.LlamaConfig, llama.hf_keys, llama.IGNORED_KEYS, "model."),
-    "bloom": FamilyParts(bloom.Bloom, bloom.BloomConfig, bloom.hf_keys, bloom.IGNORED_KEYS, "transformer."),
+FAMILIES: dict[str, FamilyParts] = {  # by model_type
+    "t5": FamilyParts(t5.T5, t5.T5Config, t5.hf_keys, t5.IGNORED_KEYS, "", t5.EMBEDDING_KEYS),
+    "mt5": FamilyParts(t5.T5, t5.MT5Config, t5.hf_keys, t5.IGNORED_KEYS, "", t5.EMBEDDING_KEYS),
+    "umt5": FamilyParts(t5.T5, t5.UMT5Config, t5.hf_keys, t5.IGNORED_KEYS, "", t5.EMBEDDING_KEYS),
+    "llama": FamilyParts(
+        llama.Llama, llama.LlamaConfig, llama.hf_keys, llama.IGNORED_KEYS, "model.", ("model.embed_tokens.weight",)
+    ),
+    "bloom": FamilyParts(
+        bloom.Bloom,
+        bloom.BloomConfig,
+        bloom.hf_keys,
+        bloom.IGNORED_KEYS,
+        "transformer.",
+        ("transformer.word_embeddings.weight",),
+    ),
 }
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies: a safetensors file, open, and the tensor's name in it."""
+
+    path: Path
+    file: Any
+    key: str
+
+    def part(self) -> Any:
+        """Returns what knows shape and dtype without reading, and reads what is indexed."""
+        return self.file.get_slice(self.key)
+
+    def read(self) -> Tensor:
+        """Returns the whole tensor, from a mapping of its own: let go of, it leaves no page behind in memory."""
+        with _open(self.path) as file:
+            return file.get_tensor(self.key)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -52,17 +85,43 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder")
+    path = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder}: no config.json, so not a model folder") from None
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: not valid JSON ({error})") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected an object, found {type(config).__name__}")
     family = config.get("model_type")
-    if family not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise UserError(f"{folder / 'config.json'}: model_type is {family!r}, expected one of {known}")
+    if family not in list(FAMILIES):  # a list, for a type that cannot be hashed is no family either
+        raise UserError(f"{path}: model_type is {family!r}, expected one of {', '.join(FAMILIES)}")
     return config
+
+
+def build_config(hf: dict[str, Any], tied: bool) -> Any:
+    """Returns the family's config of a parsed config.json, without reading any weights.
+
+    Args:
+        hf: From `read_config`.
+        tied: Whether the weights hold one tensor for head and embedding.
+
+    Raises:
+        UserError: The model is quantised, or a variant that Babl does not compute, or a value is not usable.
+    """
+    if hf.get("quantization_config"):
+        method = hf["quantization_config"]
+        method = method.get("quant_method", "unknown") if isinstance(method, dict) else method
+        raise UserError(f"the weights are quantised (quantization_config says {method!r}), expected plain floats")
+    try:
+        return FAMILIES[hf["model_type"]].config.from_hf(hf, tied=tied)
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(f"{error} is absent") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"not usable ({error})") from None
 
 
 class _WithoutInitialValues(TorchFunctionMode):
@@ -96,17 +155,9 @@ def from_pretrained(
     """
     folder = Path(folder)
     hf = read_config(folder)
-    family = FAMILIES[hf["model_type"]]
-    with _tensors(folder) as found:
-        try:
-            config = family.config.from_hf(hf, tied="lm_head.weight" not in found)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{folder / 'config.json'}: {error} is absent or not usable") from None
-        except UserError as error:
-            raise UserError(f"{folder / 'config.json'}: {error}") from None
-        model = blank_model(config)
-        keys = _checked_keys(model, folder, found)
-    state = {name: tensor.to(device, dtype) for name, tensor in _read(folder, keys)}
+    with _tensors(folder, hf["model_type"]) as found:
+        model = blank_model(_config_of(folder, hf, found))
+        state = {name: stored.read().to(device, dtype) for name, stored in _checked(model, folder, found).items()}
     model.load_state_dict(state, strict=False, assign=True)  # not strict: a tied head has a name, but no tensor
     model.tie_weights()
     return model.eval()
@@ -124,43 +175,59 @@ def stored_weights(config: Any, folder: Path) -> Iterator[dict[str, Any]]:
         UserError: As `from_pretrained`.
     """
     model = blank_model(config)
-    with _tensors(folder) as found:
-        yield {name: found[key].get_slice(key) for name, key in _checked_keys(model, folder, found).items()}
-
-
-def _read(folder: Path, keys: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensor of each key under its name, mapped rather than copied.
-
-    Each has a mapping of its own: of what is converted, packed or sent to a GPU, no page stays behind in memory.
-    """
-    for path in _weight_files(folder):
-        with _open(path) as file:
-            here = file.keys()
-        for name in (name for name, key in keys.items() if key in here):
-            with _open(path) as file:
-                yield name, file.get_tensor(keys[name])
+    with _tensors(folder, config.model_type) as found:
+        yield {name: stored.part() for name, stored in _checked(model, folder, found).items()}
 
 
 @contextmanager
-def _tensors(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yields the open file that holds each tensor, by the tensor's name."""
+def _tensors(folder: Path, model_type: str) -> Iterator[dict[str, StoredTensor]]:
+    """Yields where each tensor lies, by its name in a folder as transformers writes it now.
+
+    Folders of the bare model leave out a prefix; those that keep shared tensors once may have dropped the embedding in
+    favour of one of its copies.
+    """
+    family = FAMILIES[model_type]
+    embedding = family.embedding[0]
     with ExitStack() as stack:
-        files = [stack.enter_context(_open(path)) for path in _weight_files(folder)]
-        yield {key: file for file in files for key in file.keys()}  # noqa: SIM118 (not a dict)
+        found: dict[str, StoredTensor] = {}
+        for path in _weight_files(folder):
+            file = stack.enter_context(_open(path))
+            found |= {key: StoredTensor(path, file, key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        if not any(key.startswith(family.prefix) for key in found):
+            found = {key if key == HEAD else family.prefix + key: stored for key, stored in found.items()}
+        copies = [name for name in (*family.embedding[1:], HEAD) if name in found]
+        if embedding not in found and copies:
+            found[embedding] = found[copies[0]]
+        yield found
+
+
+def _config_of(folder: Path, hf: dict[str, Any], found: dict[str, StoredTensor]) -> Any:
+    """Returns the config of a folder, with head and embedding tied where its files hold one of them, or equal ones."""
+    embedding = found.get(FAMILIES[hf["model_type"]].embedding[0])
+    head = found.get(HEAD)
+    tied = head is None or embedding is None or _equal(head, embedding)
+    try:
+        return build_config(hf, tied)
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+
+
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+    parts = [stored.part() for stored in (one, other)]
+    alike = parts[0].get_shape() == parts[1].get_shape() and parts[0].get_dtype() == parts[1].get_dtype()
+    return alike and (one == other or torch.equal(one.read(), other.read()))
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    """Returns the folder's files of weights; as transformers, the single one where shards are there too."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
     if (folder / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{folder / INDEX}: not an index of shards ({error})") from None
+        names = shard_names((folder / INDEX).read_text(encoding="utf-8", errors="replace"), str(folder / INDEX))
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
             raise UserError(f"{folder}: shard {absent[0]} named by {INDEX} is missing")
         return [folder / name for name in names]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
     pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
     if pickles:
         raise UserError(f"{folder}: {pickles[0]} is a pickle, which can run code when read; only safetensors is loaded")
@@ -174,29 +241,51 @@ def _open(path: Path) -> Any:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 
 
-def _checked_keys(model: Model, folder: Path, found: dict[str, Any]) -> dict[str, str]:
-    """Returns each parameter's name in the files, where every one is there in its shape, and no other."""
+def shard_names(index: str, where: str) -> list[str]:
+    """Returns the names of the files that an index, the text of a `model.safetensors.index.json`, names.
+
+    Args:
+        index: The text.
+        where: It is from, for errors.
+
+    Raises:
+        UserError: It is no such index, or names a file outside its folder.
+    """
+    try:
+        names = sorted(set(json.loads(index)["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{where}: not an index of shards ({error})") from None
+    if outside:
+        raise UserError(f"{where}: names {outside[0]!r}, expected a .safetensors file beside it")
+    return names
+
+
+def _checked(model: Model, folder: Path, found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Returns where each parameter lies, where every one is there in its shape, and no other."""
     family = FAMILIES[model.config.model_type]
     keys = family.hf_keys(model.config)
-    if not any(key.startswith(family.prefix) for key in found):
-        keys = {name: key.removeprefix(family.prefix) for name, key in keys.items()}
     expected = {keys[name]: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     missing = sorted(expected.keys() - found.keys())
     if missing:
         raise UserError(f"{folder}: {len(missing)} tensors missing, first {missing[0]}")
-    unexpected = sorted(key for key in found.keys() - expected.keys() if not family.ignored.fullmatch(key))
+    copies = {HEAD, *family.embedding} if model.config.tie_word_embeddings else set(family.embedding)
+    others = found.keys() - expected.keys() - copies
+    unexpected = sorted(key for key in others if not family.ignored.fullmatch(key))
     if unexpected:
         near = did_you_mean(unexpected[0], expected)
         raise UserError(f"{folder}: {len(unexpected)} unexpected tensors, first {unexpected[0]}{near}")
     for key, shape in expected.items():
-        actual = tuple(found[key].get_slice(key).get_shape())
+        actual = tuple(found[key].part().get_shape())
         if actual != shape:
             raise UserError(f"{folder}: {key} has shape {actual}, config.json says {shape}")
-    return keys
+    return {name: found[keys[name]] for name, _ in model.named_parameters()}
 
 
 def save_pretrained(model: Model, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """The folder holds config.json and safetensors weights as transformers reads them, every tensor once.
+    """The folder holds config.json and safetensors weights as transformers reads them, and no other model's.
+
+    Weights of a model that was there before, in whatever form, go when the new ones are written.
 
     Args:
         model: Of any family.
@@ -213,10 +302,16 @@ def save_pretrained(model: Model, folder: str | Path, shard_bytes: int = SHARD_B
             size = 0
         shards[-1][name] = parameter.detach()
         size += parameter.nbytes
-    for number, shard in enumerate(shards):
-        save_shard(model.config, shard, folder / shard_name(number, len(shards)))
-    save_index(folder, len(shards))
-    save_config(model.config, next(model.parameters()).dtype, folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as beside:  # the old one may be what is mapped
+        aside = Path(beside)
+        for number, shard in enumerate(shards):
+            save_shard(model.config, shard, aside / shard_name(number, len(shards)))
+        save_index(aside, len(shards))
+        save_config(model.config, next(model.parameters()).dtype, aside)
+        for old in [path for pattern in REPLACED for path in folder.glob(pattern)]:
+            old.unlink()
+        for path in aside.iterdir():
+            path.replace(folder / path.name)
 
 
 def shard_name(number: int, total: int) -> str:
@@ -226,8 +321,11 @@ def shard_name(number: int, total: int) -> str:
 
 def save_shard(config: Any, tensors: dict[str, Tensor], path: Path) -> None:
     """The file holds these parameters of a model, named as transformers names them."""
-    keys = FAMILIES[config.model_type].hf_keys(config)
+    family = FAMILIES[config.model_type]
+    keys = family.hf_keys(config)
     state = {keys[name]: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    if config.tie_word_embeddings and not config.to_hf()["tie_word_embeddings"] and family.embedding[0] in state:
+        state[HEAD] = state[family.embedding[0]].clone()  # for transformers 4, which takes the two for untied
     save_file(state, path, metadata={"format": "pt"})
 
 
@@ -255,16 +353,17 @@ def describe(folder: Path) -> dict[str, Any]:
     """Returns family, size, dtype, bytes and context length of a model folder, without reading its weights.
 
     Raises:
-        UserError: As `from_pretrained`.
+        UserError: `from_pretrained` would refuse the folder.
     """
     hf = read_config(folder)
-    with _tensors(folder) as found:
-        slices = [file.get_slice(key) for key, file in found.items()]
+    with _tensors(folder, hf["model_type"]) as found:
+        model = blank_model(_config_of(folder, hf, found))
+        parts = [stored.part() for stored in _checked(model, folder, found).values()]
         return {
             "family": hf["model_type"],
-            "parameters": sum(math.prod(part.get_shape()) for part in slices),
-            "dtypes": ", ".join(sorted({part.get_dtype() for part in slices})),
+            "parameters": sum(math.prod(part.get_shape()) for part in parts),
+            "dtypes": ", ".join(sorted({part.get_dtype() for part in parts})),
             "bytes": sum(path.stat().st_size for path in _weight_files(folder)),
-            "context": hf["max_position_embeddings"] if hf["model_type"] == "llama" else None,
+            "context": model.context_length,
             "tokenizer": next((name for name in TOKENIZER_FILES if (folder / name).is_file()), "none"),
         }

@@ -207,11 +207,13 @@ def test_the_config_of_transformers_4_is_understood(folder, tmp_path):
     [
         (
             {"rope_parameters": {"rope_type": "yarn"}},
-            r"config\.json: rope_type is .yarn., expected .default. or",
+            r"config\.json: rope_type is .yarn., expected one of .default.,",
         ),
-        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, "rope_type is 'dynamic'"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling has no low_freq_factor"),
-        ({"attention_bias": True}, "attention_bias is True, expected False"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+            "rope_scaling has low_freq_factor None",
+        ),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_scaling has factor None, expected a number above 0"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
         ({"num_key_value_heads": 3}, r"expected a multiple of num_key_value_heads \(3\)"),
     ],

@@ -170,7 +170,7 @@ def test_a_killed_pull_goes_on_where_it_was(hub, model, tmp_path):
         (["me/tiny", "--revision", "v9"], "--revision: me/tiny has no branch, tag or commit 'v9'"),
         (["me/pickled"], "me/pickled has no safetensors, only pytorch_model.bin, a pickle, which can run code"),
         (["me/bare"], "me/bare has no weights"),
-        (["me/other"], "me/other: config.json: model_type is 'gpt2', expected one of t5, llama, bloom"),
+        (["me/other"], "me/other: config.json: model_type is 'gpt2', expected one of t5, mt5, umt5, llama, bloom"),
         (["not a name"], "not a name"),
     ],
 )

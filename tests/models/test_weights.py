@@ -56,6 +56,7 @@ def test_a_damaged_file_is_named(folder):
 
 
 def test_a_missing_shard_is_named(folder):
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001.safetensors"}}))
     refused(folder, r"shard model-00001\.safetensors named by model\.safetensors\.index\.json is missing")
 

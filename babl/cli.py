@@ -29,6 +29,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"babl {args.verb}: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:  # a model whose logits are no numbers
+        if args.debug:
+            raise
+        print(f"babl {args.verb}: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of our output left, as `head` does
         sys.stderr.close()
         return 1

@@ -172,7 +172,8 @@ def code_hash(rooms: Sequence[str]) -> str:
 
 def _chunk(engine: Engine, views: Sequence[View], asking: Asking) -> list[Prediction]:
     prompts = make_prompts(views, engine.tokenizer, asking.max_source_tokens, asking.stride, engine.style)
-    config = GenerationConfig(asking.max_new_tokens, prompt_lookup_num_tokens=LOOKUP_TOKENS)
+    # An answer is a line: what a model goes on to write would cost time, and count in the answer's probability.
+    config = GenerationConfig(asking.max_new_tokens, stop_strings=("\n",), prompt_lookup_num_tokens=LOOKUP_TOKENS)
     answers = engine.answer([prompt.text for prompt in prompts], config)
     windows = Counter(prompt.view for prompt in prompts)
     best: dict[int, int] = {}  # view -> the prompt whose answer is likeliest

@@ -4,6 +4,7 @@ Prompts of any lengths are read together, rows that are done leave the batch, an
 alone. Decoders read a beginning that several prompts share, such as a paragraph asked about twice, once.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -277,6 +278,7 @@ class Decoding:
             if row.finish:  # cancelled while it was read
                 continue
             row.steps += 1
+            self.engine._check_finite(log_probs[b], len(row.ids))
             if not row.config.greedy:
                 token = choose(logits[b, 0], row.config, [*row.seen, *row.ids], row.rng)
                 row.write(token, float(logits[b, 0].log_softmax(-1)[token]), stop_ids)
@@ -310,8 +312,9 @@ class Engine:
         hook: Where set, sees the logits (N, V) of every step, in no promised order, and returns those to choose from.
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: Model, tokenizer: Tokenizer, name: str = "the model"):
+        """The engine answers with this model; errors call it by the name."""
+        self.model, self.tokenizer, self.name = model, tokenizer, name
         self.device = next(model.parameters()).device
         self.style: Style = "t5" if model.is_encoder_decoder else "decoder"
         self.hook: Callable[[Tensor], Tensor] | None = None
@@ -338,7 +341,7 @@ class Engine:
             dtype = "bfloat16" if halves else "float32"
         model = from_pretrained(folder, getattr(torch, dtype), device)
         pack(model)
-        return cls(model, load_tokenizer(folder))
+        return cls(model, load_tokenizer(folder), str(folder))
 
     def prompt_limit(self, max_new_tokens: int) -> int | None:
         """Returns the most tokens of a prompt that leave room for an answer, see `prompt_limit`."""
@@ -371,7 +374,8 @@ class Engine:
             cancelled: Asked after every step; once it says yes, what is written so far is the answer.
 
         Raises:
-            UserError: A prompt fills the model's context.
+            UserError: A prompt is empty, fills the model's context, or has an id that the model does not.
+            FloatingPointError: The model's logits are not finite.
         """
         configs = [config] * len(prompts) if isinstance(config, GenerationConfig) else config
         rows = [self._row(ids, c) for ids, c in zip(self._encode(prompts), configs, strict=True)]
@@ -436,16 +440,24 @@ class Engine:
             log_probs = self._logits(states).log_softmax(-1).gather(-1, ids[..., None])[..., 0]  # (B, T)
             for i, row in zip(batch, log_probs.tolist(), strict=True):
                 found[i] = row[: len(targets[i])]
+                self._check_finite(found[i], 0)
         self.model.train(training)
         return found
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        if isinstance(prompts, str):
+            raise UserError(f"prompts is one text, {prompts[:40]!r}; expected a list of them: [text]")
         encoded = iter(prompt_ids([p for p in prompts if isinstance(p, str)], self.tokenizer, self.style))
         return [next(encoded) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
 
     def _row(self, prompt: list[int], config: GenerationConfig) -> Row:
         limit, at_limit = config.max_new_tokens, "length"
-        context = self.model.context_length
+        context, rows = self.model.context_length, self.model.config.vocab_size
+        if not prompt:
+            raise UserError(f"the prompt is empty, and {self.name} has no token that begins a text; expected a word")
+        outside = next((token for token in prompt if not 0 <= token < rows), None)
+        if outside is not None:
+            raise UserError(f"the prompt has token id {outside}, expected 0 to {rows - 1}")
         if context is not None:
             if len(prompt) >= context:
                 raise UserError(
@@ -505,10 +517,23 @@ class Engine:
         ids, log_prob = beam_search(
             step, cache, self._logits(state), row.limit, stops, row.seen, row.config, cancelled or (lambda: False)
         )
+        self._check_finite([log_prob], len(ids))
         for token in ids:
             if not row.finish:
                 row.write(token, log_prob / len(ids), stops)
         row.finish = row.finish or "cancelled"
+
+    def _check_finite(self, log_probs: Sequence[float], written: int) -> None:
+        """Log-probabilities of the next tokens are numbers; one of logits that are not is NaN or infinite.
+
+        Raises:
+            FloatingPointError: One is not; the model's weights or activations are broken, and no token is its choice.
+        """
+        if not all(map(math.isfinite, log_probs)):
+            raise FloatingPointError(
+                f"{self.name}: logits after {written} tokens of the answer are not finite; its weights are damaged, or "
+                "overflow in this dtype"
+            )
 
     def _logits(self, states: Tensor) -> Tensor:
         """Returns logits (..., V) of states (..., C), fp32 or wider, for the ids the tokenizer has.
@@ -548,6 +573,9 @@ class Engine:
         return self.model.prefill(ids, mask, room)
 
     def _padded(self, rows: list[list[int]]) -> Tensor:
-        """Returns the rows as (B, longest) int64, filled with what is never looked at."""
-        width, filler = max(map(len, rows)), self.tokenizer.pad_id or 0
-        return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows], device=self.device)
+        """Returns the rows as (B, longest) int64, filled with what is never looked at.
+
+        The tokenizer's pad id may be beyond the rows of the model's table; 0 is not.
+        """
+        width = max(map(len, rows))
+        return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self.device)

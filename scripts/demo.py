@@ -29,11 +29,11 @@ from babl.evaluation.runner import evaluate
 from babl.generation import Engine
 from babl.models.build import ModelConfig
 from babl.models.weights import FAMILIES, Family
-from babl.scripts.train import LoopConfig, TrainConfig
+from babl.scripts.train import TrainConfig
 from babl.text import train_tokenizer
 from babl.text.prompts import Style, qa_prompt
-from babl.training.folder import RunConfig
 from babl.training.optimizer import OptimConfig
+from babl.training.sections import LoopConfig, RunConfig
 
 DemoArm = Literal["none", "gold"]
 TRAIN_ARTICLES, DEV_ARTICLES = 2000, 32

@@ -4,11 +4,15 @@ A step's batch is planned for the whole machine, then dealt to ranks and micro-b
 computes an example, never which examples a step has.
 """
 
+import hashlib
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+from babl.config import NonNegativeInt, PositiveInt
 from babl.errors import UserError
 
 POOL = 100  # batches' worth of examples sorted by length together: more pads less and mixes lengths less
@@ -26,9 +30,9 @@ class BatchConfig:
         accumulation: Parts of each rank's share.
     """
 
-    tokens: int = 8192
-    examples: int = 0
-    accumulation: int = 1
+    tokens: PositiveInt = 8192
+    examples: NonNegativeInt = 0
+    accumulation: PositiveInt = 1
 
 
 Lengths = Sequence[tuple[int, int]]  # of each example: tokens of its source and of its target
@@ -121,6 +125,7 @@ class Loader:
         self.first, self.slots = rank * cfg.accumulation, world * cfg.accumulation
         self.epoch = self.batch = 0
         self.plan = self._plan()
+        self.order = hashlib.sha256(json.dumps(self.plan).encode()).hexdigest()
 
     def _plan(self) -> list[list[int]]:
         if self.cfg.examples:
@@ -142,30 +147,22 @@ class Loader:
         batch = order[: self.cfg.examples] if self.cfg.examples else _cut(order, self.lengths, self.cfg.tokens)[0]
         return batch[:: self.slots]
 
-    def state(self) -> dict[str, int]:
-        """Returns where the loader stands, and what the order of its examples follows from."""
-        order = {"seed": self.seed, "tokens": self.cfg.tokens, "a_step": self.cfg.examples}
-        return order | {"examples": len(self.lengths), "epoch": self.epoch, "batch": self.batch}
+    def state(self) -> dict[str, Any]:
+        """Returns the place of the next step, and a fingerprint of the order in which it is one: the first epoch's."""
+        return {"epoch": self.epoch, "batch": self.batch, "order": self.order}
 
-    def restore(self, state: dict[str, int]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """The next step is the one after `state`.
 
         Raises:
-            UserError: The order of examples is another one now, in which the place means nothing.
+            UserError: The examples come in another order now, in which the place means nothing.
         """
-        now = self.state()
-        names = {
-            "seed": "run.seed",
-            "tokens": "batch.tokens",
-            "a_step": "batch.examples",
-            "examples": "number of examples in data.train",
-        }
-        for key, name in names.items():
-            if state[key] != now[key]:
-                raise UserError(
-                    f"run.resume: {name} is {now[key]}, but was {state[key]} when the checkpoint was saved; begin a "
-                    "run of another run.name from it with model.path"
-                )
+        if state.get("order") != self.order:
+            raise UserError(
+                "run.resume: the examples come in another order than when the checkpoint was saved (other data, "
+                "windows or batches), in which its place means nothing; begin a run of another run.name from it with "
+                "model.path"
+            )
         self.epoch, self.batch = state["epoch"], state["batch"]
         self.plan = self._plan()
 

@@ -7,6 +7,7 @@ from babl.data.collate import Feature, check_context, make_features
 from babl.data.contexts import View
 from babl.data.sets import DataConfig, load_views
 from babl.data.squad import Example
+from babl.errors import UserError
 from babl.text import Tokenizer
 from babl.text.prompts import Style
 
@@ -48,11 +49,14 @@ def prepare_data(
         say: Told how many there are.
 
     Raises:
-        UserError: The arm can be built for no question, or an example is longer than the model can read.
+        UserError: The arm can be built for no question, an example is longer than the model can read, or there is none
+            to validate on.
     """
     train_views, validation_views = (load_views(cfg, examples) for examples in sets)
     features, losses = make_features(train_views, *window)
     validation, _ = make_features(validation_views, *window)
+    if not validation:
+        raise UserError("data.validation has no example to validate on: no window of its contexts keeps an answer")
     check_context([*features, *validation], context_length)
     say(f"{len(sets[0]):,} questions, {len(train_views):,} shown, {len(features):,} examples; {losses}")
     words = {e.id: len(e.context.split()) for e in sets[0]}

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from babl.config import NonNegativeInt, PositiveInt
 from babl.data.contexts import TrainArm, View, see
 from babl.data.fictional import fictional_examples
 from babl.data.squad import Example, load_squad, split_by_article
@@ -27,9 +28,9 @@ class DataConfig:
     train: str = FICTIONAL
     validation: str = ""
     context: TrainArm = "gold"
-    max_source_tokens: int = 512
-    stride: int = 128
-    context_seed: int = 0
+    max_source_tokens: PositiveInt = 512
+    stride: NonNegativeInt = 128
+    context_seed: NonNegativeInt = 0
 
 
 def load_sets(cfg: DataConfig, seed: int) -> tuple[list[Example], list[Example]]:

@@ -15,6 +15,7 @@ from babl.errors import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # that ask a run to save and leave
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL in sysexits.h: come again; launch/train.sbatch requeues the job
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 
 
 class PeerFailure(Exception):

@@ -6,6 +6,7 @@ from typing import Any, get_type_hints
 
 import torch
 
+from babl.config import PositiveInt
 from babl.errors import UserError, did_you_mean
 from babl.models.layers import Model
 from babl.models.weights import FAMILIES, Family, from_pretrained
@@ -28,7 +29,7 @@ class ModelConfig:
     family: Family = "t5"
     shape: dict[str, Any] = field(default_factory=dict)
     tokenizer: str = ""
-    tokenizer_size: int = 1000
+    tokenizer_size: PositiveInt = 1000
 
 
 def build_model(cfg: ModelConfig, trained_tokenizer: Path, seed: int) -> tuple[Model, Tokenizer]:

@@ -9,7 +9,9 @@ order of examples, dropout and the generators are functions of the seed and the 
 import hashlib
 import json
 import os
+import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,6 +23,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from babl.distributed.base import Share, Tensors
 from babl.distributed.env import World
@@ -32,8 +35,14 @@ MANIFEST, STATE = "manifest.json", "trainer.json"
 
 
 def checkpoint_name(step: int) -> str:
-    """Returns the folder's name, which sorts by step."""
+    """Returns the folder's name."""
     return f"step_{step:06d}"
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Returns the folders named `step_` and digits, by step; whatever else lies there is the user's."""
+    named = [path for path in folder.glob("step_*") if re.fullmatch("step_[0-9]+", path.name) and path.is_dir()]
+    return sorted(named, key=_step)
 
 
 @contextmanager
@@ -143,7 +152,8 @@ class Checkpoints:
             for entry in entries:
                 manifest |= entry
             _finish(aside, target, manifest)
-            self._point_and_prune(target)
+            self.point_to(target)
+            self._prune(target)
 
         try:
             self._together(target, lambda: begin() if main else None)
@@ -172,41 +182,63 @@ class Checkpoints:
                 raise UserError(f"{target}: cannot be written ({where}{reason})")
         return [result for results, _ in reports for result in results]
 
-    def _point_and_prune(self, target: Path) -> None:
-        link = self.folder / ".latest.tmp"
+    def point_to(self, target: Path) -> None:
+        """`latest` leads to the checkpoint."""
+        link, latest = self.folder / ".latest.tmp", self.folder / "latest"
+        if latest == target or (latest.is_symlink() and latest.readlink() == Path(target.name)):
+            return
+        if latest.is_dir() and not latest.is_symlink():  # the run was copied with links followed
+            aside = self.folder / f"latest_before_{target.name}"
+            latest.rename(aside)
+            _tell(f"{latest} is a folder: it is called {aside.name} now")
         link.unlink(missing_ok=True)
         link.symlink_to(target.name)
-        link.rename(self.folder / "latest")
+        link.rename(latest)
+
+    def _prune(self, target: Path) -> None:
+        """Of the checkpoints up to the target, those that `keep_*` do not keep are gone."""
+        found = find_checkpoints(self.folder)
         # Newer ones are those that were passed over: they are neither kept for their age nor counted.
-        found = sorted(path for path in self.folder.glob("step_*") if path.name <= target.name)
+        found = found[: found.index(target) + 1]
         for old in found[: -self.keep_last if self.keep_last else 0]:
-            if not self.keep_every or int(old.name.removeprefix("step_")) % self.keep_every:
-                shutil.rmtree(old)
+            if self.keep_every and _step(old) % self.keep_every == 0:
+                continue
+            try:
+                old.rename(_aside(old))  # what is half deleted is no checkpoint
+                shutil.rmtree(_aside(old))
+            except OSError as error:
+                _tell(f"warning: {old} cannot be deleted ({error.strerror}); the next save tries again")
 
 
-def load_checkpoint(
-    folder: Path, config: Any, optimizer: str, load: Callable[[Tensors, Tensors], None]
-) -> dict[str, Any]:
-    """Returns what `Checkpoints.save` was given as `state`; `load` has been given weights and optimizer state.
+def load_checkpoint(folder: Path, config: Any, load: Callable[[Tensors, Tensors], Any]) -> None:
+    """`load` is given weights and optimizer state.
 
     Args:
         folder: The checkpoint.
         config: The model's.
-        optimizer: The name of the one that goes on; the saved state says whose it is as `optimizer`.
         load: The backend's.
 
     Raises:
-        UserError: The weights are not those of this model, or the optimizer is another one.
+        UserError: The weights are not those of this model.
     """
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    if state["optimizer"] != optimizer:
-        raise UserError(
-            f'run.resume: optim.name is "{optimizer}", but was "{state["optimizer"]}" when {folder} was saved; begin a '
-            "run of another run.name from it with model.path"
-        )
     with stored_weights(config, folder) as weights, ExitStack() as stack:
         files = [stack.enter_context(safe_open(path, framework="pt")) for path in folder.glob("optimizer*.safetensors")]
         load(weights, {key: file.get_slice(key) for file in files for key in file.keys()})  # noqa: SIM118 (not a dict)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Returns what `Checkpoints.save` was given as `state`.
+
+    Raises:
+        UserError: It lacks what every run needs to go on.
+    """
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    for key in ("step", "loader", "data"):
+        if key not in state:
+            raise UserError(
+                f"{checkpoint / STATE} has no '{key}', as other versions and loops write it, so the run cannot go on; "
+                "begin one of another run.name from it with model.path"
+            )
     return state
 
 
@@ -222,7 +254,9 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
         UserError: There are checkpoints, and none is whole.
     """
     passed: list[str] = []
-    for path in sorted(folder.glob("step_*"), reverse=True):
+    copied = folder / "latest"  # alone where only it was copied, with links followed
+    candidates = find_checkpoints(folder) or [path for path in [copied] if path.is_dir()]
+    for path in reversed(candidates):
         fault = find_fault(path)
         if fault is None:
             return path, passed
@@ -251,6 +285,15 @@ def find_fault(checkpoint: Path) -> str | None:
         if _sha256(path) != digest:
             return f"{name} is not what was written (sha256 differs)"
     return None
+
+
+def _tell(line: str) -> None:
+    """The line stands above the loop's progress bar."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def _aside(target: Path) -> Path:

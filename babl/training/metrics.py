@@ -3,6 +3,7 @@
 import json
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,33 @@ class MetricsLog:
     A step is logged, then saved, then validated: the validation of the step that is resumed from is done again.
     """
 
-    def __init__(self, folder: Path, last_step: int, tensorboard: bool):
+    def __init__(self, folder: Path, last_step: int, tensorboard: bool, say: Callable[[str], None]):
+        """The log goes on behind the last step.
+
+        Args:
+            folder: Of the run.
+            last_step: That the run goes on from; 0 at its beginning.
+            tensorboard: Whether the numbers are also written for TensorBoard.
+            say: Told what of the log is lost.
+        """
         path = folder / "metrics.jsonl"
-        kept = []
-        if path.exists():
-            # A line cut short by a crash is after the checkpoint, like all that follows the step resumed from.
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if _logged_before(json.loads(line), last_step)]
+        if last_step and not path.exists():
+            say(f"{path} is missing: it begins with step {last_step + 1}")
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        read = [(line, _parse(line)) for line in lines]
+        # A crash may cut the last line short, and a file system fill a page with zeros.
+        damaged = sum(values is None for _, values in read)
+        if damaged:
+            say(f"{path}: {damaged} of {len(lines)} lines cannot be read, and are left out")
+        kept = [(line, values) for line, values in read if values is not None and _logged_before(values, last_step)]
         aside = folder / ".metrics.tmp"
-        aside.write_text("".join(kept), encoding="utf-8")
+        aside.write_bytes(b"".join(line for line, _ in kept))
         aside.rename(path)
         self.file = path.open("a", encoding="utf-8")
-        self.board = _summary_writer(folder) if tensorboard else None
+        self.board = _summary_writer(folder, last_step) if tensorboard else None
+        for _, values in kept:
+            if values["step"] == last_step:  # TensorBoard forgets whole steps, this one too
+                self._show(values)
         self.start_clock()
 
     def write(self, step: int, tokens: int = 0, **values: Any) -> None:
@@ -45,10 +61,14 @@ class MetricsLog:
             self.file.flush()
         except OSError as error:
             raise UserError(f"{self.file.name}: cannot be written ({error.strerror})") from None
+        self._show(line)
+
+    def _show(self, line: dict[str, Any]) -> None:
+        """TensorBoard has the line, where it is asked for."""
         if self.board is not None:
             for name, value in line.items():
                 if isinstance(value, int | float):
-                    self.board.add_scalar(name, value, step)
+                    self.board.add_scalar(name, value, line["step"])
 
     def start_clock(self) -> None:
         """The next line's rate counts from now, so that validating and saving count for none."""
@@ -68,15 +88,25 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Returns the values of a line, or None where it is not one that was written whole."""
+    try:
+        values = json.loads(line)
+    except ValueError:  # not JSON, or not UTF-8
+        return None
+    whole = line.endswith(b"\n") and isinstance(values, dict) and type(values.get("step")) is int
+    return values if whole else None
+
+
 def _logged_before(line: dict[str, Any], last_step: int) -> bool:
     return line["step"] < last_step or (line["step"] == last_step and "loss" in line)
 
 
-def _summary_writer(folder: Path) -> Any:
+def _summary_writer(folder: Path, last_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError(
             "train.tensorboard is true, but tensorboard is not installed: pip install tensorboard"
         ) from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=last_step)

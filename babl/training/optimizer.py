@@ -1,11 +1,13 @@
 """AdamW and Adafactor over explicit parameter groups."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from msgspec import Meta
 from torch import nn
 
+from babl.config import NonNegativeFloat, NonNegativeInt
 from babl.training.schedule import Schedule
 
 
@@ -14,12 +16,12 @@ class OptimConfig:
     """Section [optim] of a run; `max_grad_norm` 0 clips nothing."""
 
     name: Literal["adamw", "adafactor"] = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.0
+    lr: NonNegativeFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.0
     schedule: Schedule = "constant"
-    warmup_steps: int = 0
-    max_grad_norm: float = 1.0
-    label_smoothing: float = 0.0
+    warmup_steps: NonNegativeInt = 0
+    max_grad_norm: NonNegativeFloat = 1.0
+    label_smoothing: Annotated[float, Meta(ge=0, lt=1)] = 0.0
 
 
 def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:

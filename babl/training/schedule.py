@@ -7,7 +7,7 @@ Schedule = Literal["constant", "linear", "cosine", "rsqrt", "trapezoid"]
 
 
 def learning_rate(schedule: Schedule, peak: float, step: int, steps: int, warmup: int) -> float:
-    """Returns the rate of a step: a linear rise to the peak, then the schedule's shape.
+    """Returns the rate of a step, in [0, peak]: a linear rise to the peak, then the schedule's shape.
 
     `linear` and `cosine` fall to 0 at the end; `rsqrt` falls with the root of the step from the end of the warm-up (or
     step 1); `trapezoid` stays at the peak and falls linearly over the last 40 % of the run.
@@ -15,15 +15,15 @@ def learning_rate(schedule: Schedule, peak: float, step: int, steps: int, warmup
     Args:
         schedule: The shape.
         peak: The highest rate.
-        step: From 1 to `steps`.
+        step: Counted from 1; the rate after `steps` is the one that the shape ends with.
         steps: Of the whole run.
-        warmup: Steps of the rise.
+        warmup: Steps of the rise; where it takes longer than the run, the peak is not reached.
 
     Ref: Vaswani et al. 2017 (rsqrt); Loshchilov and Hutter 2017 (cosine); Haegele et al. 2024 (trapezoid).
     """
     if step <= warmup:
         return peak * step / warmup
-    progress = (step - 1 - warmup) / max(1, steps - warmup)  # [0, 1)
+    progress = min(1.0, (step - 1 - warmup) / max(1, steps - warmup))
     match schedule:
         case "constant":
             return peak

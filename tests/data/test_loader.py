@@ -67,17 +67,37 @@ def test_an_example_beyond_the_budget_is_named():
 
 
 @pytest.mark.parametrize(
-    ("lengths", "budget", "seed", "message"),
+    ("lengths", "cfg", "seed"),
     [
-        (LENGTHS, 4000, 1, r"run\.seed is 1, but was 0 when the checkpoint was saved"),
-        (LENGTHS, 5000, 0, r"batch\.tokens is 5000, but was 4000"),
-        (LENGTHS[1:], 4000, 0, rf"number of examples in data\.train is {len(LENGTHS) - 1}, but was {len(LENGTHS)}"),
+        (LENGTHS, BatchConfig(4000), 1),
+        (LENGTHS, BatchConfig(5000), 0),
+        (LENGTHS[1:], BatchConfig(4000), 0),
+        ([(source + 1, target) for source, target in LENGTHS], BatchConfig(4000), 0),
+        (LENGTHS, BatchConfig(4000, examples=32), 0),
     ],
+    ids=["seed", "budget", "number", "lengths", "examples a step"],
 )
-def test_a_place_in_another_order_is_refused(lengths, budget, seed, message):
-    state = Loader(LENGTHS, SIZES, BatchConfig(4000, accumulation=1), 0, 0, 1).state()
-    with pytest.raises(UserError, match=message):
-        Loader(lengths, SIZES, BatchConfig(budget, accumulation=3), seed, 0, 2).restore(state)
+def test_a_place_in_another_order_is_refused(lengths, cfg, seed):
+    state = Loader(LENGTHS, SIZES, BatchConfig(4000), 0, 0, 1).state()
+    with pytest.raises(UserError, match=r"run\.resume: the examples come in another order"):
+        Loader(lengths, SIZES[-len(lengths) :], cfg, seed, 0, 2).restore(state)
+
+
+def test_a_place_is_the_same_on_every_rank_and_in_every_number_of_parts():
+    whole, dealt = (Loader(LENGTHS, SIZES, BatchConfig(4000, accumulation=n), 0, n - 1, n) for n in (1, 2))
+    whole.next_step()
+    dealt.restore(whole.state())
+    assert set(dealt.next_step()[0]) < set(whole.next_step()[0])
+
+
+@pytest.mark.parametrize("cfg", [BatchConfig(tokens=10**9), BatchConfig(examples=10**6)], ids=["tokens", "examples"])
+def test_where_the_batch_is_larger_than_the_set_a_step_is_an_epoch(cfg):
+    ranks = [Loader(LENGTHS[:3], SIZES[:3], cfg, 0, rank, 5) for rank in range(5)]
+    for _ in range(3):
+        parts = [part for loader in ranks for part in loader.next_step()]
+        assert sorted(i for part in parts for i in part) == [0, 1, 2] and len(parts) == 5, (
+            "two ranks have nothing to do"
+        )
 
 
 def test_a_step_of_so_many_examples_does_not_depend_on_their_lengths():
@@ -90,9 +110,3 @@ def test_a_step_of_so_many_examples_does_not_depend_on_their_lengths():
         seen += [index for part in step for index in part]
     assert sorted(seen) == list(range(len(LENGTHS))), "an epoch has each once, its last step what is left"
     assert len(long.longest()) == 16
-
-
-def test_a_place_among_steps_of_another_size_is_refused():
-    state = Loader(LENGTHS, SIZES, BatchConfig(examples=32), 0, 0, 1).state()
-    with pytest.raises(UserError, match=r"batch\.examples is 64, but was 32"):
-        Loader(LENGTHS, SIZES, BatchConfig(examples=64), 0, 0, 1).restore(state)

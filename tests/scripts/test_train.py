@@ -75,7 +75,7 @@ def test_killed_and_resumed_it_ends_as_if_undisturbed(undisturbed, tmp_path):
     assert process.wait() == -signal.SIGKILL
     refused = run(tmp_path, "train.steps=12", check=False)
     assert refused.returncode == 2
-    assert "a run is there already; go on with run.resume=true" in refused.stderr
+    assert "a run is there already (run.toml, metrics.jsonl, checkpoints); go on with run.resume=true" in refused.stderr
     assert "resumed from" in run(tmp_path, "train.steps=12", "run.resume=true").stderr
     ends = [folder / "debug_cpu" / "checkpoints" / "latest" for folder in (undisturbed, tmp_path)]
     for name in ("model.safetensors", "optimizer.safetensors"):

@@ -71,8 +71,8 @@ MUTANTS = {
         T5,
     ),
     "loader from the start on resume": (
-        "babl/training/resume.py",
-        '        loader.restore(state["loader"])\n',
+        "scripts/train.py",
+        '            loader.restore(start.state["loader"])\n',
         "",
         "resume",
         LLAMA,
@@ -84,7 +84,13 @@ MUTANTS = {
         "resume",
         LLAMA,
     ),
-    "from the start on resume": ("babl/training/resume.py", "    if newest:\n", "    if False:\n", "resume", LLAMA),
+    "from the start on resume": (
+        "scripts/train.py",
+        "        if start.checkpoint:\n            load(",
+        "        if False:\n            load(",
+        "resume",
+        LLAMA,
+    ),
     "shifted twice": (
         "babl/data/collate.py",
         "[IGNORE] * (len(f.source) - 1) + f.target for f",

@@ -66,7 +66,7 @@ def prepare(folder: Path, blobs: dict[str, str], base_url: str, fraction: float,
         print(f"{file}: verified")
         if name.startswith("train"):
             for part, examples in zip(
-                ("train", "validation"), split_by_article(load_squad(file), fraction, seed), strict=True
+                ("train", "validation"), split_by_article(load_squad(file, tell=print), fraction, seed), strict=True
             ):
                 target = file.with_name(f"{file.stem}-{part}.json")
                 aside = target.with_suffix(".part")

@@ -136,7 +136,7 @@ def make_features(
 ) -> tuple[list[Feature], Losses]:
     """Returns what the model is trained on, and the count of what it is not; arguments as for `make_prompts`.
 
-    The target is the first answer, or the words for "no answer". Where the context is not to hold the answer, as in the
+    The target is the view's, or the words for "no answer". Where the context is not to hold the answer, as in the
     arm `random`, its first window is the example.
     """
     prompts = make_prompts(views, tokenizer, max_tokens, stride, style)
@@ -149,7 +149,7 @@ def make_features(
     kept: list[tuple[Prompt, str | None]] = []
     for prompt in prompts:
         view = views[prompt.view]
-        answer = view.golds[0] if view.golds else None
+        answer = view.target
         if answer is not None and windows[prompt.view] > 1 and not _shows(prompt, view):
             if view.at is None or not with_unanswerable:
                 losses.excluded_windows += 1
@@ -174,7 +174,7 @@ def _shows(prompt: Prompt, view: View) -> bool:
     start, end = prompt.span
     if view.at is None:
         return start == 0
-    return start <= view.at and view.at + len(view.golds[0]) <= end
+    return start <= view.at and view.at + len(view.target or "") <= end
 
 
 def check_context(features: Sequence[Feature], context_length: int | None) -> None:

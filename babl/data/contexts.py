@@ -39,6 +39,8 @@ TestArm = Literal[
 TRAIN_ARMS: tuple[TrainArm, ...] = get_args(TrainArm)
 TEST_ARMS: tuple[TestArm, ...] = get_args(TestArm)
 Arm = TrainArm | TestArm
+OWN_CONTEXT = {"gold", "gold+distractors", "mixture", "context-only"}  # arms that show the question's whole paragraph
+AROUND_ANSWER = {"answer-removed", "counterfactual", "shuffled"}  # arms that are made by where the answer stands
 
 FILLER = "There is no text here. Nothing is said about the question. "
 LENGTH_TOLERANCE = 0.1  # how far a random context may be from the gold one's number of words
@@ -56,7 +58,8 @@ class View:
         question: x; empty where it is withheld.
         context: c, or None where the question stands alone.
         golds: Every accepted answer; none where "unanswerable" is right.
-        at: Code point of the context at which the first gold begins; None where the context does not hold it.
+        at: Code point of the context at which the target begins; None where the context does not hold it.
+        words: The answer in the words of the question's own context; None where these are the first gold's.
     """
 
     id: str
@@ -64,9 +67,15 @@ class View:
     context: str | None
     golds: tuple[str, ...] = ()
     at: int | None = None
+    words: str | None = None
+
+    @property
+    def target(self) -> str | None:
+        """What a model is trained to write; None where "unanswerable" is right."""
+        return self.words or (self.golds[0] if self.golds else None)
 
 
-def see(examples: Sequence[Example], arm: Arm, seed: int = 0) -> tuple[list[View], dict[str, str]]:
+def see(examples: Sequence[Example], arm: Arm, seed: int = 0, spans: bool = False) -> tuple[list[View], dict[str, str]]:
     """Returns what each question looks like in this arm, and the reason by id where it cannot be built.
 
     * none: the question alone. blank: as many words of filler as the paragraph has.
@@ -82,18 +91,27 @@ def see(examples: Sequence[Example], arm: Arm, seed: int = 0) -> tuple[list[View
         examples: The whole set; its paragraphs are what random, same-article and distracting ones are drawn from.
         arm: Which.
         seed: With the question's id, decides every draw.
+        spans: Whether to leave out, where an arm shows the question's own context, an answer that it does not hold: a
+            model would be trained to make it up. Without, such a question is asked all the same.
     """
+    needs = AROUND_ANSWER | OWN_CONTEXT if spans else AROUND_ANSWER
     pool = _Pool(examples)
     build = _BUILDERS[arm]
     views, missing = [], {}
     for example in examples:
+        if not example.context and arm != "none":
+            missing[example.id] = "the question has no context"
+            continue
+        if arm in needs and example.answers and not example.span:
+            missing[example.id] = "the context does not hold the answer"
+            continue
         try:
             view = build(pool, pool.at[example.id], random.Random(f"{seed}/{arm}/{example.id}"))
         except _CannotBeBuilt as reason:
             missing[example.id] = str(reason)
             continue
         if view.at is not None:
-            assert view.context is not None and view.context.startswith(view.golds[0], view.at), (arm, view)
+            assert view.context and view.target and view.context.startswith(view.target, view.at), (arm, view)
         views.append(view)
     return views, missing
 
@@ -133,7 +151,7 @@ class _Pool:
         self.articles: dict[str, dict[str, str]] = {}  # title -> context -> normalised, between spaces
         for e in self.examples:
             article = self.articles.setdefault(e.title, {})
-            if e.context not in article:
+            if e.context and e.context not in article:
                 article[e.context] = f" {normalize_answer(e.context)} "
 
     @cached_property
@@ -183,13 +201,15 @@ def _golds(example: Example) -> tuple[str, ...]:
 
 def _none(pool: _Pool, i: int, rng: random.Random) -> View:
     example = pool.examples[i]
-    return View(example.id, example.question, None, _golds(example))
+    golds = _golds(example)
+    words = None if example.target in golds[:1] else example.target
+    return View(example.id, example.question, None, golds, words=words)
 
 
 def _gold(pool: _Pool, i: int, rng: random.Random) -> View:
     example = pool.examples[i]
-    at = None if example.impossible else example.answers[0].start
-    return View(example.id, example.question, example.context, _golds(example), at)
+    at = example.span[0] if example.span else None
+    return replace(_none(pool, i, rng), context=example.context, at=at)
 
 
 def _blank(pool: _Pool, i: int, rng: random.Random) -> View:
@@ -244,7 +264,7 @@ def _answer_removed(pool: _Pool, i: int, rng: random.Random) -> View:
         raise _CannotBeBuilt("there is no answer to remove")
     kept = []
     for start, end in sentences(example.context):
-        overlaps = any(a.start < end and start < a.start + len(a.text) for a in example.answers)
+        overlaps = any(a.span and a.span[0] < end and start < a.span[1] for a in example.answers)
         if not overlaps and not holds(example.context[start:end], golds):
             kept.append(example.context[start:end])
     context = " ".join(kept)
@@ -334,7 +354,7 @@ def _shuffled(pool: _Pool, i: int, rng: random.Random) -> View:
     pieces = [context[start:end] for start, end in order]
     if view.at is None:
         return replace(view, context=" ".join(pieces))
-    last = view.at + len(view.golds[0])
+    last = view.at + len(view.target or "")
     home = [k for k, (start, end) in enumerate(order) if start <= view.at and last <= end]
     if not home:
         raise _CannotBeBuilt("the answer stands across sentences")

@@ -287,7 +287,8 @@ class _Corpus:
 def read_documents(shards: Sequence[Path]) -> Iterator[str]:
     """Returns the documents of corpus files, read as they are asked for.
 
-    A `.txt` has one a line, a `.jsonl` one as "text" of each line; either may be packed as `.gz`.
+    A `.txt` has one a line, a `.jsonl`, or `.json` as C4 calls it, one as "text" of each line; either may be packed as
+    `.gz`.
 
     Raises:
         UserError: A file is missing or of another kind, which is seen at once; or, when its turn comes, it cannot be
@@ -296,8 +297,8 @@ def read_documents(shards: Sequence[Path]) -> Iterator[str]:
     for shard in shards:
         if not shard.is_file():
             raise UserError(f"{shard}: no such corpus file")
-        if _kind(shard) not in (".txt", ".jsonl"):
-            raise UserError(f"{shard}: a corpus file ends in .txt or .jsonl, or in one of them and .gz")
+        if _kind(shard) not in (".txt", ".jsonl", ".json"):
+            raise UserError(f"{shard}: a corpus file ends in .txt, .jsonl or .json, or in one of them and .gz")
     return itertools.chain.from_iterable(map(_documents, shards))
 
 

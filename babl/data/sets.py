@@ -1,11 +1,13 @@
 """Which questions a run trains and validates on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from babl.config import NonNegativeInt, PositiveInt
 from babl.data.contexts import TrainArm, View, see
 from babl.data.fictional import fictional_examples
-from babl.data.squad import Example, load_squad, split_by_article
+from babl.data.squad import Example, Reading, load_squad, split_by_article
 from babl.errors import UserError
 
 FICTIONAL = "fictional"  # in place of a file: the embedded corpus
@@ -17,12 +19,17 @@ class DataConfig:
     """Section [data] of a run.
 
     Attributes:
-        train: A file of `load_squad`, or "fictional".
+        train: A file, a folder, or a pattern with *, as `load_squad` reads them, or "fictional".
         validation: Likewise; where empty, a slice of the training articles is held out.
         context: The arm.
         max_source_tokens: Longest prompt in tokens; longer contexts are read through windows.
         stride: Tokens neighbouring windows share.
         context_seed: Of the arm's draws.
+        strict: Whether an answer that does not stand at its offset, character by character, is an error.
+        faulty: Whether a record that cannot be read is an error, or left out and counted.
+        impossible: Whether answers beside `is_impossible: true` are an error, or read as no answer and counted.
+        articles: What makes an article, whose questions stay on one side: its title, or, where all have the same one,
+            the context.
     """
 
     train: str = FICTIONAL
@@ -31,16 +38,33 @@ class DataConfig:
     max_source_tokens: PositiveInt = 512
     stride: NonNegativeInt = 128
     context_seed: NonNegativeInt = 0
+    strict: bool = False
+    faulty: Literal["refuse", "leave-out"] = "refuse"
+    impossible: Literal["refuse", "unanswerable"] = "refuse"
+    articles: Literal["title", "context"] = "title"
+
+    @property
+    def reading(self) -> Reading:
+        """How files are read."""
+        return Reading(self.strict, self.faulty, self.impossible, self.articles)
 
 
-def load_sets(cfg: DataConfig, seed: int) -> tuple[list[Example], list[Example]]:
-    """Returns training and validation examples that share no article; `seed` makes the embedded corpus."""
+def load_sets(
+    cfg: DataConfig, seed: int, tell: Callable[[str], object] = lambda line: None
+) -> tuple[list[Example], list[Example]]:
+    """Returns training and validation examples that share no article.
+
+    Args:
+        cfg: Which files, and how they are read.
+        seed: Makes the embedded corpus.
+        tell: Takes a line on what was read of each file.
+    """
     if cfg.train == FICTIONAL:
         return fictional_examples(seed)
-    train = load_squad(cfg.train)
+    train = load_squad(cfg.train, cfg.reading, tell)
     if not cfg.validation:
         return split_by_article(train, VALIDATION_SHARE, seed=0)
-    validation = load_squad(cfg.validation)
+    validation = load_squad(cfg.validation, cfg.reading, tell)
     shared = {e.title for e in train} & {e.title for e in validation}
     if shared:
         raise UserError(
@@ -55,7 +79,7 @@ def load_views(cfg: DataConfig, examples: list[Example]) -> list[View]:
     Raises:
         UserError: There are none.
     """
-    views, missing = see(examples, cfg.context, cfg.context_seed)
+    views, missing = see(examples, cfg.context, cfg.context_seed, spans=True)
     if not views:
         reason = next(iter(missing.values()))
         raise UserError(f'data.context is "{cfg.context}", which can be built for no question: {reason}')

@@ -1,21 +1,49 @@
-"""SQuAD 1.1 and 2.0 files and JSON lines, read strictly: an answer stands where the file says, or nothing is read."""
+"""Questions with contexts and gold answers, read from files for two uses.
+
+*Scoring* (`load_golds`) looks at ids and gold texts alone, as the official scripts do. *Asking and training*
+(`load_squad`) also need to know where a context says its answer: each one is placed (`babl.data.placing`), the gold
+text stays what is scored, and the context's own words are what is trained on and highlighted.
+"""
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from babl.data.formats import Records, nameless, read_records
+from babl.data.placing import PLACE_KINDS, place
 from babl.errors import UserError
+from babl.text.normalize import without_surrogates
+
+Version = Literal["1.1", "2.0"]
+SHOWN = 5  # places of a list of faults
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A gold answer and the code point of the context at which it begins."""
+    """A gold answer.
+
+    Attributes:
+        text: As the file has it: what is scored.
+        start: Code point of the context at which the context says it; None where it does not.
+        end: Code point behind that; where not given, as far as the text is long.
+    """
 
     text: str
-    start: int
+    start: int | None
+    end: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.start is not None and self.end is None:
+            object.__setattr__(self, "end", self.start + len(self.text))
+
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """Code points [start, end) at which the context says it."""
+        return None if self.start is None or self.end is None else (self.start, self.end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +54,10 @@ class Example:
         id: Unique in its file.
         title: Of the article; questions of one article are not independent.
         question: x.
-        context: c.
+        context: c; empty where the question has none.
         answers: y, every gold; none where the context does not answer the question.
         grade: Difficulty, where the file tells (`fictional.GRADES`), else empty.
+        version: Of SQuAD, whose rules the file is scored by.
     """
 
     id: str
@@ -37,166 +66,301 @@ class Example:
     context: str
     answers: tuple[Answer, ...]
     grade: str = ""
+    version: Version = "1.1"
 
     @property
     def impossible(self) -> bool:
         """Whether the context does not answer the question."""
         return not self.answers
 
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """Code points [start, end) at which the context says the first answer that it says at all."""
+        return next((answer.span for answer in self.answers if answer.span), None)
 
-def load_squad(path: str | Path) -> list[Example]:
-    """Returns the questions of a file in SQuAD's JSON format, or with one JSON object a line.
+    @property
+    def target(self) -> str | None:
+        """What a model is trained to write: the context's own words, or the first gold; None where there is no answer.
 
-    A line is `{"question", "context", "answers" | "answer", "id"?, "title"?}`, answers being texts, SQuAD's
-    `{"text", "answer_start"}`, or `{"text": [...], "answer_start": [...]}`. An answer without an offset is looked up in
-    its context. Without a title, lines of the same context count as one article.
+        It is the same in every arm, whether or not the arm shows the context.
+        """
+        if self.span:
+            return self.context[slice(*self.span)]
+        return self.answers[0].text if self.answers else None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a file is read where it is at odds with itself.
+
+    Attributes:
+        strict: Whether an answer that is not at its offset, character by character, is an error.
+        faulty: Whether a record that cannot be read is an error, or left out.
+        impossible: Whether answers beside `is_impossible: true`, or empty ones, are an error, or read as no answer.
+        articles: What makes two questions ones of one article: their title, or their context.
+    """
+
+    strict: bool = False
+    faulty: Literal["refuse", "leave-out"] = "refuse"
+    impossible: Literal["refuse", "unanswerable"] = "refuse"
+    articles: Literal["title", "context"] = "title"
+
+
+def load_squad(
+    path: str | Path, reading: Reading | None = None, tell: Callable[[str], object] = lambda line: None
+) -> list[Example]:
+    """Returns the questions of a file, of a folder's files, or of those a pattern with * names, each answer placed.
+
+    The shapes are those of `babl.data.formats`. Answers are texts, SQuAD's `{"text", "answer_start"}`, or
+    `{"text": [...], "answer_start": [...]}`; `"answer"` may stand for one. Without an id, the place in the file is the
+    id. Without a title, questions about the same context count as one article.
+
+    Args:
+        path: Of the file, folder or pattern.
+        reading: How.
+        tell: Takes the line that says how many answers were placed in which way, and what was left out.
 
     Raises:
-        UserError: The file cannot be read, has another schema, an answer that is not at its offset, or an id twice.
+        UserError: The file cannot be read, or records of it cannot; all are counted, the first five named.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such data file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    if not text.strip():
-        raise UserError(f"{path}: the file is empty")
-    if not _is_squad(text):
-        return _collected(path, _lines(path, text))
-    try:
-        tree = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: malformed JSON at line {error.lineno} column {error.colno}: {error.msg}") from None
-    return parse_squad(tree, path)
+    return _examples(path, read_records(path), reading or Reading(), tell)
 
 
 def parse_squad(tree: Any, source: str | Path) -> list[Example]:
     """Returns the questions of a parsed SQuAD file; errors name `source` and are those of `load_squad`."""
-    return _collected(source, _squad(source, tree))
+    records = Records(version=str(tree.get("version", "")) if isinstance(tree, dict) else "")
+    records.add("", tree, {})
+    return _examples(source, records, Reading(), lambda line: None)
 
 
-def _collected(source: str | Path, found: Iterator[tuple[str, Example]]) -> list[Example]:
-    examples: list[Example] = []
-    seen: dict[str, str] = {}
-    for where, example in found:
-        if example.id in seen:
-            raise UserError(f"{source}: id {example.id} at {where} stands already at {seen[example.id]}")
-        seen[example.id] = where
-        examples.append(example)
-    if not examples:
-        raise UserError(f"{source}: no question in it")
+def load_golds(path: str | Path, reading: Reading | None = None) -> list[Example]:
+    """Returns what scoring needs of a file of `load_squad`: ids, titles and gold texts, which are not looked for.
+
+    A contradiction between `is_impossible` and the answers is none here: the official scripts read the answers alone.
+
+    Raises:
+        UserError: As `load_squad`; never for an answer's place, or a missing question or context.
+    """
+    reading = reading or Reading()
+    return _collected(path, read_records(path), reading, lambda where, row: _parsed(where, row, reading), Counter())
+
+
+class _Fault(Exception):
+    """What is wrong with one record, in words, its place included."""
+
+
+def _examples(source: str | Path, records: Records, reading: Reading, tell: Callable[[str], object]) -> list[Example]:
+    counts: Counter[str] = Counter()
+    astray: list[str] = []
+
+    def read(where: str, row: Mapping[str, Any]) -> Example:
+        example = _parsed(where, row, reading)
+        if not isinstance(row.get("question"), str):
+            raise _Fault(_found(f"{where}.question", row.get("question"), "a string"))
+        example = _without_empty(where, row, example, reading, counts)
+        return replace(example, answers=tuple(_placed(where, example, counts, astray)))
+
+    examples = _collected(source, records, reading, read, counts)
+    if reading.strict and astray:
+        raise UserError(
+            f"{source}: {len(astray)} of {counts['answers']} answers do not stand where the file says: "
+            f"{_counted(counts)}; first {'; '.join(astray[:SHOWN])}; mend them, or read the file without strict"
+        )
+    tell(_summary(source, len(examples), counts))
     return examples
 
 
-def _is_squad(text: str) -> bool:
-    """Whether the text is to be read as one JSON value: lines each close what they open, a SQuAD file need not."""
-    first = text.lstrip().split("\n", 1)[0]
-    try:
-        return "data" in json.loads(first)
-    except (ValueError, TypeError):
-        return '"question"' not in first or '"data"' in first
-
-
-def _squad(path: str | Path, tree: Any) -> Iterator[tuple[str, Example]]:
-    for i, article in enumerate(_get(path, "", tree, "data", list)):
-        at = f"data[{i}]"
-        title = _get(path, at, article, "title", str)
-        for j, paragraph in enumerate(_get(path, at, article, "paragraphs", list)):
-            at_paragraph = f"{at}.paragraphs[{j}]"
-            context = _get(path, at_paragraph, paragraph, "context", str)
-            for k, qa in enumerate(_get(path, at_paragraph, paragraph, "qas", list)):
-                where = f"{at_paragraph}.qas[{k}]"
-                qid, question = _get(path, where, qa, "id", str), _get(path, where, qa, "question", str)
-                answers = _answers(path, where, qid, context, _get(path, where, qa, "answers", (list, dict)))
-                yield where, Example(qid, title, question, context, answers, qa.get("grade", ""))
-
-
-def _lines(path: Path, text: str) -> Iterator[tuple[str, Example]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"line {number}"
+def _collected(
+    source: str | Path,
+    records: Records,
+    reading: Reading,
+    read: Callable[[str, Mapping[str, Any]], Example],
+    counts: Counter[str],
+) -> list[Example]:
+    """Returns an example for each record; what cannot be read is told together, or left out and counted."""
+    examples: list[Example] = []
+    faults, seen = list(records.faults), dict[str, str]()
+    if not records.rows and len(faults) <= 1:
+        raise UserError(f"{source}: {faults[0] if faults else 'no question in it'}")
+    for where, row in records.rows:
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: malformed JSON at {where} column {error.colno}: {error.msg}") from None
-        question, context = _get(path, where, row, "question", str), _get(path, where, row, "context", str)
-        qid = row.get("id", f"line-{number}")
-        title = row.get("title") or hashlib.sha256(context.encode()).hexdigest()[:12]
-        for name, value in (("id", qid), ("title", title)):
-            if not isinstance(value, str):
-                raise UserError(f"{path}: {where}.{name}: expected a string, found {type(value).__name__}")
-        if "answer" in row:
-            answer = _get(path, where, row, "answer", str)
-            found: list | dict = [answer] if answer else []
-        else:
-            found = _get(path, where, row, "answers", (list, dict))
-        yield where, Example(qid, title, question, context, _answers(path, where, qid, context, found))
+            example = read(where, row)
+            if example.id in seen:
+                raise _Fault(f"id {example.id} at {where} stands already at {seen[example.id]}")
+        except _Fault as fault:
+            faults.append(str(fault))
+            continue
+        seen[example.id] = where
+        examples.append(example)
+    total = len(records.rows) + len(records.faults)
+    if faults and reading.faulty == "refuse":
+        raise UserError(f"{source}: {_told(faults, total, counts)}")
+    if not examples:
+        raise UserError(f"{source}: none of {total} records can be read: {faults[0]}")
+    counts["left out"] = len(faults)
+    if "2.0" in records.version or any(example.impossible for example in examples):
+        return [replace(example, version="2.0") for example in examples]
+    return examples
 
 
-def _answers(path: str | Path, where: str, qid: str, context: str, found: list | dict) -> tuple[Answer, ...]:
-    """Returns the answers, each verified against its context."""
+def _told(faults: Sequence[str], records: int, counts: Counter[str]) -> str:
+    """Returns the faults of a file in one line: their number, the first ones, and what to do."""
+    many = f"{len(faults)} of {records} records cannot be read: " if len(faults) > 1 else ""
+    more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+    advice = "mend what is wrong, or leave it out with data.faulty=leave-out (--faulty leave-out)"
+    if counts["contradictions"] or counts["empty"]:
+        advice += ", or read no answer there with data.impossible=unanswerable (--impossible unanswerable)"
+    return f"{many}{'; '.join(faults[:SHOWN])}{more}; {advice}"
+
+
+def _parsed(where: str, row: Mapping[str, Any], reading: Reading) -> Example:
+    """Returns the example with answers as the file has them, at the offsets that it says, which may be wrong."""
+    qid = row.get("id", row.get("qid"))
+    if qid is None or qid == "":
+        qid = where.replace(" ", "-")
+    elif isinstance(qid, bool) or not isinstance(qid, str | int):
+        raise _Fault(_found(f"{where}.id", qid, "a string or an integer"))
+    question, context, grade = (row.get(name) for name in ("question", "context", "grade"))
+    if not isinstance(context, str | None):
+        raise _Fault(_found(f"{where}.context", context, "a string"))
+    context = without_surrogates(context or "")
+    title = row.get("title")
+    if reading.articles == "context" or title is None or not str(title).strip():
+        title = nameless(context or str(question or qid))
+    answers = tuple(Answer(without_surrogates(text), start) for text, start in _golds(where, row))
+    names = ("" if value is None else without_surrogates(str(value)) for value in (qid, title, question, grade))
+    qid, title, question, grade = names
+    return Example(qid, title, question, context, answers, grade)
+
+
+def _golds(where: str, row: Mapping[str, Any]) -> Iterator[tuple[str, int | None]]:
+    """Yields text and offset of each answer of a record, None where it says none."""
+    if "answers" not in row and "answer" in row:
+        alone = row["answer"]
+        found: Any = [] if alone in (None, "") else [{"text": alone, "answer_start": row.get("answer_start")}]
+    else:
+        found = row.get("answers")
     if isinstance(found, dict):
-        texts, starts = _get(path, where, found, "text", list), _get(path, where, found, "answer_start", list)
+        texts, starts = found.get("text"), found.get("answer_start")
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, list):
+            raise _Fault(_found(f"{where}.answers.text", texts, "a list of strings"))
+        starts = starts if isinstance(starts, list) else [starts] * len(texts) if len(texts) < 2 or not starts else []
         if len(texts) != len(starts):
-            raise UserError(f"{path}: {where}.answers: {len(texts)} texts but {len(starts)} offsets")
+            raise _Fault(f"{where}.answers: {len(texts)} texts but {len(starts)} offsets")
         found = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
-    answers = []
+    if not isinstance(found, list):
+        null = found is None and "answers" in row
+        raise _Fault(
+            _found(f"{where}.answers", found, "a list") + (' (null; no answer is "answers": [])' if null else "")
+        )
+    detected = _detected(row)
     for i, entry in enumerate(found):
         at = f"{where}.answers[{i}]"
-        if isinstance(entry, str):
-            start = context.find(entry)
-            if start < 0:
-                raise UserError(f"{path}: {at} of {qid}: {_short(entry)} is nowhere in the context")
-            answers.append(Answer(entry, start))
-            continue
-        text, start = _get(path, at, entry, "text", str), _get(path, at, entry, "answer_start", int)
-        there = context[start : start + len(text)] if start >= 0 else ""
-        if there != text or not text:
-            raise UserError(f"{path}: {at} of {qid}: expected {_short(text)} at offset {start}, found {_short(there)}")
-        answers.append(Answer(text, start))
-    return tuple(answers)
+        text, start = (entry.get("text"), entry.get("answer_start")) if isinstance(entry, dict) else (entry, None)
+        if not isinstance(text, str):
+            raise _Fault(_found(at, text, "a text"))
+        if isinstance(start, float) and start.is_integer():  # pandas makes floats of a column with a gap
+            start = int(start)
+        if start is not None and (isinstance(start, bool) or not isinstance(start, int)):
+            raise _Fault(_found(f"{at}.answer_start", start, "an integer"))
+        yield text, detected.get(text, start)
+
+
+def _detected(row: Mapping[str, Any]) -> dict[str, int]:
+    """Returns where MRQA says that answers begin."""
+    try:
+        return {each["text"]: int(each["char_spans"][0][0]) for each in row["detected_answers"]}
+    except (KeyError, IndexError, TypeError, ValueError):  # another shape, or another data set: there are no offsets
+        return {}
+
+
+def _without_empty(
+    where: str, row: Mapping[str, Any], example: Example, reading: Reading, counts: Counter[str]
+) -> Example:
+    """Returns the example without answers that say there is none, if all of the record says so."""
+    flagged = str(row.get("is_impossible", "")).lower() in ("true", "1")
+    said = tuple(answer for answer in example.answers if answer.text.strip())
+    if flagged and said:
+        counts["contradictions"] += 1
+        if reading.impossible == "refuse":
+            raise _Fault(f"{where} of {example.id} is_impossible, but has the answer {_short(said[0].text)}")
+        said = ()
+    elif len(said) < len(example.answers):
+        counts["empty"] += 1
+        if not flagged and reading.impossible == "refuse":
+            raise _Fault(f'{where} of {example.id} has an empty answer, where no answer is "answers": []')
+    return replace(example, answers=said)
+
+
+def _placed(where: str, example: Example, counts: Counter[str], astray: list[str]) -> Iterator[Answer]:
+    """Yields the answers where the context says them; those that are not where the file says are counted and named."""
+    if not example.context:
+        counts["without context"] += 1
+        yield from (Answer(answer.text, None) for answer in example.answers)
+        return
+    for i, answer in enumerate(example.answers):
+        found = place(answer.text, answer.start, example.context)
+        counts["answers"] += 1
+        counts[found.kind] += 1
+        counts["ambiguous"] += found.ambiguous
+        if found.kind != "exact":
+            offset = "" if answer.start is None else f" at offset {answer.start}"
+            there = "" if found.start is None else f", but {_short(example.context[found.start : found.end])} at"
+            astray.append(
+                f"{where}.answers[{i}] of {example.id}: no {_short(answer.text)}{offset}"
+                f"{there}{'' if found.start is None else f' {found.start}'}"
+            )
+        yield Answer(answer.text, found.start, found.end)
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{counts[kind]} {kind}" for kind in PLACE_KINDS)
+
+
+def _summary(source: str | Path, questions: int, counts: Counter[str]) -> str:
+    """Returns how many answers were placed in which way, and what else was not as it should be."""
+    further = {
+        "ambiguous": "without an offset in several places, the first one taken",
+        "without context": "questions without a context",
+        "contradictions": "is_impossible beside answers, read as unanswerable",
+        "empty": "with empty answers, left out",
+        "left out": "records left out that cannot be read",
+    }
+    more = "".join(f"; {counts[key]} {words}" for key, words in further.items() if counts[key])
+    return f"{source}: {questions} questions, {counts['answers']} answers: {_counted(counts)}{more}"
+
+
+def _found(at: str, value: Any, expected: str) -> str:
+    """Returns what is wrong with a field."""
+    return f"{at} is missing" if value is None else f"{at}: expected {expected}, found {type(value).__name__}"
 
 
 def _short(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
-_WORDS = {str: "a string", int: "an integer", list: "a list", (list, dict): "a list"}
-
-
-def _get(path: str | Path, where: str, tree: Any, key: str, kind: Any) -> Any:
-    """Returns tree[key], where it is there and of that kind."""
-    at = f"{where}.{key}" if where else key
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: {where or 'top level'}: expected an object, found {type(tree).__name__}")
-    if key not in tree:
-        raise UserError(f"{path}: {at} is missing")
-    if not isinstance(tree[key], kind) or isinstance(tree[key], bool):
-        raise UserError(f"{path}: {at}: expected {_WORDS[kind]}, found {type(tree[key]).__name__}")
-    return tree[key]
-
-
 def to_squad(examples: Sequence[Example]) -> dict[str, Any]:
-    """Returns the examples as a parsed SQuAD file, of version 2.0 where one has no answer."""
-    impossible = any(example.impossible for example in examples)
-    articles: dict[str, dict[str, list]] = {}
-    for example in examples:
-        qa: dict[str, Any] = {
-            "id": example.id,
-            "question": example.question,
-            "answers": [{"text": answer.text, "answer_start": answer.start} for answer in example.answers],
-        }
-        qa |= {"is_impossible": example.impossible} if impossible else {}
-        qa |= {"grade": example.grade} if example.grade else {}
-        articles.setdefault(example.title, {}).setdefault(example.context, []).append(qa)
-    data = [
-        {"title": title, "paragraphs": [{"context": context, "qas": qas} for context, qas in paragraphs.items()]}
-        for title, paragraphs in articles.items()
-    ]
-    return {"version": "v2.0" if impossible else "1.1", "data": data}
+    """Returns the examples as a parsed SQuAD file in their order, of the version that they are scored by.
+
+    An answer that the context does not say has the offset -1.
+    """
+    version: Version = "2.0" if any(e.impossible or e.version == "2.0" for e in examples) else "1.1"
+    data = []
+    for title, article in itertools.groupby(examples, lambda e: e.title):
+        paragraphs = []
+        for context, questions in itertools.groupby(article, lambda e: e.context):
+            qas = [_question(example, version) for example in questions]
+            paragraphs.append({"context": context, "qas": qas})
+        data.append({"title": title, "paragraphs": paragraphs})
+    return {"version": "v2.0" if version == "2.0" else "1.1", "data": data}
+
+
+def _question(example: Example, version: Version) -> dict[str, Any]:
+    answers = [{"text": a.text, "answer_start": -1 if a.start is None else a.start} for a in example.answers]
+    qa: dict[str, Any] = {"id": example.id, "question": example.question, "answers": answers}
+    qa |= {"is_impossible": example.impossible} if version == "2.0" else {}
+    return qa | ({"grade": example.grade} if example.grade else {})
 
 
 def split_by_article(
@@ -212,12 +376,16 @@ def split_by_article(
         seed: Of the hash.
         at_least: Articles on each side.
     """
-    titles = sorted({e.title for e in examples}, key=lambda t: hashlib.sha256(f"{seed}/{t}".encode()).digest())
+    sizes = Counter(example.title for example in examples)
+    titles = sorted(sizes, key=lambda t: hashlib.sha256(f"{seed}/{t}".encode()).digest())
     if len(titles) < 2 * at_least:
-        raise UserError(f"a validation slice needs at least {2 * at_least} articles, the data has {len(titles)}")
+        raise UserError(
+            f"a validation slice needs at least {2 * at_least} articles, the data has {len(titles)}; where titles tell "
+            "nothing, data.articles=context takes each context for an article"
+        )
     held: set[str] = set()
     for title in titles[:-at_least]:
-        if len(held) >= at_least and sum(e.title in held for e in examples) >= fraction * len(examples):
+        if len(held) >= at_least and sum(sizes[each] for each in held) >= fraction * len(examples):
             break
         held.add(title)
     return [e for e in examples if e.title not in held], [e for e in examples if e.title in held]

@@ -17,18 +17,21 @@ import os
 import platform
 import shutil
 import socket
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from babl.config import at_least
 from babl.data.contexts import Arm, TestArm, TrainArm, View, see
 from babl.data.fictional import chance_exact, fictional_corpus
+from babl.data.formats import data_hash
 from babl.data.overlap import find_overlap
 from babl.data.sets import FICTIONAL
-from babl.data.squad import Example, load_squad, parse_squad, split_by_article, to_squad
+from babl.data.squad import Example, Reading, load_squad, parse_squad, split_by_article, to_squad
 from babl.errors import UserError
 from babl.evaluation.predictions import code_hash, file_hash
 from babl.experiment.strata import STRATA
@@ -256,7 +259,7 @@ def _check_same(plan: Plan, design: Design, run: Tree) -> None:
                 "another run.name can have it"
             )
     for name, sources in plan.tree["data"]["sources"].items():
-        if sources["file"] != FICTIONAL and file_hash(Path(sources["file"])) != sources["sha256"]:
+        if sources["file"] != FICTIONAL and data_hash(sources["file"]) != sources["sha256"]:
             raise UserError(f"{plan.folder}: the plan is frozen with another {name} file than {sources['file']} is now")
     for name, old, new in _differences("environment", then["environment"], environment()):
         raise UserError(
@@ -396,8 +399,9 @@ def _load(design: Design, run: Tree) -> tuple[dict[str, list[Example]], Tree]:
         train, test = (parse_squad(tree, FICTIONAL) for tree in corpora)
         sources: Tree = {name: {"file": FICTIONAL} for name in files}
     else:
-        train, test = (load_squad(file) for file in files.values())
-        sources = {name: {"file": file, "sha256": file_hash(Path(file))} for name, file in files.items()}
+        reading = Reading(**{f.name: run["data"][f.name] for f in fields(Reading)})
+        train, test = (load_squad(file, reading, partial(print, file=sys.stderr)) for file in files.values())
+        sources = {name: {"file": file, "sha256": data_hash(file)} for name, file in files.items()}
     shared = {e.title for e in train} & {e.title for e in test}
     if shared:
         raise UserError(
@@ -433,7 +437,7 @@ def keep_buildable(
     while True:
         lost: dict[str, str] = {}
         for arm in arms:
-            views, missing = see(examples, arm, seed)
+            views, missing = see(examples, arm, seed, spans=True)
             for qid, reason in missing.items():
                 lost.setdefault(qid, f"{arm}: {reason}")
             for limit in limits:

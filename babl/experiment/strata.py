@@ -85,7 +85,9 @@ def _answer_words(answer: str) -> str:
 
 
 def _position(example: Example) -> str:
-    return UNANSWERABLE if example.impossible else position_label(example.context, example.answers[0].start)
+    if example.span:
+        return position_label(example.context, example.span[0])
+    return UNANSWERABLE if example.impossible else "nowhere"
 
 
 def _agreeing(example: Example) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from babl.data.contexts import Arm, see
+from babl.data.formats import data_hash
 from babl.data.sets import FICTIONAL
 from babl.errors import UserError
 from babl.evaluation.predictions import file_hash, read_predictions
@@ -53,7 +54,7 @@ def _data(plan: Plan) -> Iterator[str]:
 def _surroundings(plan: Plan) -> Iterator[str]:
     """Yields a line for each source file, package and part of the code that is another one now."""
     for name, source in plan.tree["data"]["sources"].items():
-        if source["file"] != FICTIONAL and not _is(Path(source["file"]), source["sha256"]):
+        if source["file"] != FICTIONAL and not _is_source(source):
             yield f"{name}: {source['file']} is not the file that the plan was made of"
     now = environment()
     for name, value in plan.tree["environment"].items():
@@ -64,6 +65,13 @@ def _surroundings(plan: Plan) -> Iterator[str]:
         for name, digest in start["weights"].items() if path else ():
             if not _is(Path(path) / name, digest):
                 yield f"model {model}: {path}/{name} is not what the plan names"
+
+
+def _is_source(source: dict[str, str]) -> bool:
+    try:
+        return data_hash(source["file"]) == source["sha256"]
+    except (OSError, UserError):
+        return False
 
 
 def _is(path: Path, digest: str) -> bool:

@@ -12,3 +12,12 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 def normalize_answer(text: str) -> str:
     """Returns the text in lower case, ASCII punctuation deleted, then articles, then extra whitespace."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_DELETE_PUNCTUATION)).split())
+
+
+def without_surrogates(text: str) -> str:
+    """Returns the text with each lone surrogate, which JSON can spell but no file can hold, replaced by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

@@ -217,7 +217,9 @@ def write(path, text):
 def test_documents_are_read_from_text_and_json_lines(tmp_path, packed):
     first = write(tmp_path / f"a.txt{packed}", "one\n\ntwo, é\n")
     second = write(tmp_path / f"b.jsonl{packed}", '{"text": "three", "url": "u"}\n' + json.dumps({"text": "vier\n"}))
-    assert [text.rstrip() for text in read_documents([first, second])] == ["one", "two, é", "three", "vier"]
+    third = write(tmp_path / f"c4-train.00000-of-01024.json{packed}", '{"text": "five"}\n')
+    found = [text.rstrip() for text in read_documents([first, second, third])]
+    assert found == ["one", "two, é", "three", "vier", "five"]
 
 
 def test_documents_are_read_as_they_are_asked_for(tmp_path):
@@ -232,7 +234,7 @@ def test_documents_are_read_as_they_are_asked_for(tmp_path):
     ("name", "text", "message"),
     [
         ("a.txt", "\n \n", r"a\.txt: no document in it"),
-        ("a.csv", "a,b", r"a\.csv: a corpus file ends in \.txt or \.jsonl, or in one of them and \.gz"),
+        ("a.csv", "a,b", r"a\.csv: a corpus file ends in \.txt, \.jsonl or \.json, or in one of them and \.gz"),
         ("a.csv.gz", "a,b", r"a\.csv\.gz: a corpus file ends in"),
         ("a.jsonl", '{"text": "one"}\n{"txt": "two"}\n', r'a\.jsonl: line 2 has no "text" that is a string'),
         ("a.jsonl", '{"text": "one"}\n[1]\n', r"a\.jsonl: line 2 has no"),

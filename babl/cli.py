@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-source-tokens", type=int, metavar="N", help="longest prompt (default 512, or what fits)")
     sub.add_argument("--stride", type=int, metavar="N", help="tokens neighbouring windows share (default a quarter)")
     sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    _add_reading(sub, "strict", "faulty", "impossible", "articles")
     _add_device(sub)
     sub.add_argument("--json", action="store_true")
 
@@ -88,12 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--na-prob", metavar="FILE", help="question id -> probability of no answer (version 2.0)")
     sub.add_argument("--na-threshold", type=float, default=1.0, metavar="T", help="abstain above it (default 1.0)")
     sub.add_argument("--missing", choices=("error", "zero"), default="error", help="questions without a prediction")
+    _add_reading(sub, "faulty")
     sub.add_argument("--json", action="store_true", help="(the output is JSON in any case)")
 
     sub = verb("compare", compare, "two prediction files on the same questions: the paired difference B - A")
     sub.add_argument("data", metavar="DATA.json")
     sub.add_argument("a", metavar="A.json")
     sub.add_argument("b", metavar="B.json")
+    _add_reading(sub, "faulty", "articles")
     sub.add_argument("--json", action="store_true")
 
     sub = verb("overlap", overlap, "what a test set shares with a training set and, if given, a corpus")
@@ -105,8 +108,9 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="SHARD",
-        help="a document a line: .txt, .jsonl, or .gz of it",
+        help="a document a line: .txt, .jsonl (or .json), or .gz of it",
     )
+    _add_reading(sub, "strict", "faulty", "impossible", "articles")
     sub.add_argument("--out", type=Path, metavar="DIR", help="write overlap.json, overlap.md, questions.jsonl there")
     sub.add_argument("--json", action="store_true")
 
@@ -214,6 +218,28 @@ def _add_kernels(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--kernels", metavar="auto|on|off", help="Triton: where measured faster, wherever possible, never")
 
 
+def _add_reading(sub: argparse.ArgumentParser, *names: str) -> None:
+    """Adds options of `Reading`, which a configuration has as data.NAME."""
+    options: dict[str, dict[str, Any]] = {
+        "faulty": {"choices": ("refuse", "leave-out"), "help": "records that cannot be read (default refuse)"},
+        "strict": {"action": "store_true", "help": "refuse answers that do not stand at their offsets"},
+        "impossible": {"choices": ("refuse", "unanswerable"), "help": "answers beside is_impossible: true"},
+        "articles": {"choices": ("title", "context"), "help": "what questions of one article share (default title)"},
+    }
+    for name in names:
+        sub.add_argument(f"--{name}", default=argparse.SUPPRESS, **options[name])
+
+
+def _reading(args: argparse.Namespace) -> Any:
+    """Returns the Reading that the options of `_add_reading` ask for."""
+    from dataclasses import fields
+
+    from babl.data.squad import Reading
+
+    given = vars(args)
+    return Reading(**{field.name: given[field.name] for field in fields(Reading) if field.name in given})
+
+
 def _sampling(args: argparse.Namespace, **more: Any) -> Any:
     """Returns the GenerationConfig that the options of `_add_sampling` ask for."""
     from babl.generation import GenerationConfig
@@ -251,17 +277,19 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError(f"--context is {args.context!r}, expected one of {', '.join(TEST_ARMS)}{near}")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}, expected at least 1")
-    examples = load_squad(args.data)[: args.limit]
+    told: list[str] = []
+    examples = load_squad(args.data, _reading(args), told.append)[: args.limit]
     engine = Engine.load(args.model, args.device, args.dtype)
     if args.out:  # before the work, not after it
         try:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out: {args.out} cannot be written ({error.strerror})") from None
+    print(*told, sep="\n", file=sys.stderr)
     longest = args.max_source_tokens
     longest = longest_prompt(engine, args.max_new_tokens) if longest is None else longest
     stride = longest // 4 if args.stride is None else args.stride
-    asking = Asking(longest, stride, args.max_new_tokens, any(example.impossible for example in examples))
+    asking = Asking(longest, stride, args.max_new_tokens, no_answer=examples[0].version == "2.0")
     result = run(engine, examples, args.context, asking, args.context_seed, Path(args.model), args.out)
     if args.out:
         result.save(args.out)
@@ -270,22 +298,25 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def score(args: argparse.Namespace) -> None:
     """Prints the official metrics as JSON."""
-    from babl.data.squad import load_squad, to_squad
+    from babl.data.squad import load_golds, to_squad
+    from babl.evaluation.squad import read_by_id
     from babl.evaluation.squad import score as official
 
-    dataset = to_squad(load_squad(args.data))
-    na_prob = _read_json(args.na_prob) if args.na_prob else None
-    predictions = _read_json(args.predictions)
+    dataset = to_squad(load_golds(args.data, _reading(args)))
+    na_prob = read_by_id(args.na_prob) if args.na_prob else None
+    predictions = read_by_id(args.predictions)
     print(json.dumps(official(dataset, predictions, na_prob, args.na_threshold, missing=args.missing), indent=2))
 
 
 def compare(args: argparse.Namespace) -> None:
     """Prints how two prediction files differ, and how sure that is."""
-    from babl.data.squad import load_squad
+    from babl.data.squad import load_golds
     from babl.evaluation.compare import compare as paired
     from babl.evaluation.compare import describe
+    from babl.evaluation.squad import read_by_id
 
-    found = paired(load_squad(args.data), _read_json(args.a), _read_json(args.b), (args.a, args.b))
+    examples = load_golds(args.data, _reading(args))
+    found = paired(examples, read_by_id(args.a), read_by_id(args.b), (args.a, args.b))
     print(json.dumps(found, indent=2, ensure_ascii=False) if args.json else describe(found))
 
 
@@ -301,9 +332,12 @@ def overlap(args: argparse.Namespace) -> None:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out: {args.out} cannot be written ({error.strerror})") from None
-    train, test, documents = load_squad(args.train), load_squad(args.test), read_documents(args.corpus)
+    documents = read_documents(args.corpus)
+    told: list[str] = []
+    train, test = (load_squad(path, _reading(args), told.append) for path in (args.train, args.test))
     found = find_overlap(train, test)
     corpus = corpus_overlap(test, documents) if args.corpus else None
+    print(*told, sep="\n", file=sys.stderr)
     if args.out:
         save(found, corpus, args.out)
     if args.json:
@@ -521,6 +555,7 @@ def doctor(args: argparse.Namespace) -> None:
     uses = {
         "deepspeed": "distributed.backend=zero1, zero2, zero3",
         "tensorboard": "train.tensorboard=true",
+        "pyarrow": "data files in Parquet",
         "triton": "kernels on a GPU",
     }
     for package, use in uses.items():
@@ -529,27 +564,22 @@ def doctor(args: argparse.Namespace) -> None:
     _show(facts, args.json)
 
 
-def _read_json(path: str) -> dict[str, Any]:
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: malformed JSON at line {error.lineno} column {error.colno}: {error.msg}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected an object of question ids, found {type(value).__name__}")
-    return value
-
-
 def _show(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts, indent=2))
         return
     width = max(map(len, facts))
     for name, value in facts.items():
-        print(f"{name:<{width}}  {value:.2f}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+        print(f"{name:<{width}}  {_plain(value)}")
+
+
+def _plain(value: Any) -> str:
+    """Returns a figure, or several, for people: two decimals."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(each)}" for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return " to ".join(map(_plain, value))
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

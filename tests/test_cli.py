@@ -46,6 +46,84 @@ def test_evaluate_writes_predictions_that_score_agrees_with(capsys, model, data,
 
 
 @pytest.fixture(scope="module")
+def unanswerable(tmp_path_factory):
+    """A file of version 2.0: four questions, one without an answer."""
+    context = "The mill of Ilm was built in 1840 by Ada Born."
+    golds = {"a": ["1840"], "b": ["Ada Born", "Born"], "c": ["the"], "d": []}
+    qas = [
+        {"id": qid, "question": f"{qid}?", "answers": [{"text": t, "answer_start": 0} for t in texts]}
+        for qid, texts in golds.items()
+    ]
+    path = tmp_path_factory.mktemp("unanswerable") / "v2.json"
+    tree = {"version": "v2.0", "data": [{"title": "Ilm", "paragraphs": [{"context": context, "qas": qas}]}]}
+    path.write_text(json.dumps(tree))
+    return path
+
+
+def test_what_evaluate_writes_for_version_two_is_what_score_takes(capsys, model, unanswerable, tmp_path):
+    code, out, err = babl(capsys, "evaluate", model, unanswerable, "--out", tmp_path, "--json")
+    assert code == 0
+    assert "v2.json: 4 questions, 4 answers: 0 exact, 0 whitespace, 3 moved, 1 not found" in err
+    metrics = json.loads(out)
+    probabilities = json.loads((tmp_path / "na_prob.json").read_text())
+    assert probabilities.keys() == set("abcd") and all(0 < p < 1 for p in probabilities.values())
+    predictions, given = tmp_path / "predictions.json", ("--na-prob", tmp_path / "na_prob.json")
+    code, out, _ = babl(capsys, "score", unanswerable, predictions, *given)
+    scores = json.loads(out)
+    assert code == 0 and {"best_exact", "best_f1_thresh", "pr_oracle_ap", "NoAns_exact"} < scores.keys()
+    assert scores == {key: metrics[key] for key in scores}
+
+
+def test_the_version_of_a_file_is_kept_where_all_questions_left_have_answers(capsys, model, unanswerable, tmp_path):
+    tree = json.loads(unanswerable.read_text())
+    qas = tree["data"][0]["paragraphs"][0]["qas"]
+    qas.pop()
+    part, predictions = tmp_path / "part.json", tmp_path / "p.json"
+    part.write_text(json.dumps(tree))
+    predictions.write_text(json.dumps({"a": "1840", "b": "x", "c": ""}))
+    na_prob = tmp_path / "na.json"
+    na_prob.write_text(json.dumps({"a": 0.9, "b": 0.1, "c": 0.2}))
+    _, out, _ = babl(capsys, "score", part, predictions, "--na-prob", na_prob, "--na-threshold", 0.5)
+    assert json.loads(out)["exact"] == pytest.approx(100 / 3)  # "the" counts as nothing, and the sure 1840 is kept back
+    _, out, _ = babl(capsys, "compare", part, predictions, predictions, "--json")
+    assert json.loads(out)["version"] == "2.0"
+    _, out, _ = babl(capsys, "evaluate", model, part, "--limit", 1, "--json", "--max-new-tokens", 4)
+    assert "exact" in json.loads(out)
+    tree["version"] = "1.1"
+    part.write_text(json.dumps(tree))
+    code, _, err = babl(capsys, "score", part, predictions, "--na-prob", na_prob)
+    assert code == 2 and "(--na-prob) are for SQuAD 2.0, but the data is of version 1.1" in err
+
+
+def test_a_folder_of_another_evaluation_is_left_as_it_is(capsys, model, data, tmp_path):
+    ask = ("evaluate", model, data, "--out", tmp_path, "--max-new-tokens", 4)
+    assert babl(capsys, *ask)[0] == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for other in (("--context", "none"), ("--limit", 5), ("--max-new-tokens", 5)):
+        code, _, err = babl(capsys, *ask, *other)
+        assert code == 2 and f"--out: {tmp_path} has " in err and "choose another folder" in err
+    assert babl(capsys, *ask)[0] == 0  # the same one goes on
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_evaluate_prints_two_decimals(capsys, model, data):
+    _, out, _ = babl(capsys, "evaluate", model, data, "--context", "none", "--max-new-tokens", 4)
+    assert "exact_interval" in out and not [word for word in out.split() if len(word.partition(".")[2]) > 3]
+
+
+def test_faulty_and_contradictory_records_are_read_on_request(capsys, tmp_path):
+    rows = [{"id": str(i), "question": "q?", "context": "c d", "answers": ["d"]} for i in range(20)]
+    rows[3]["answers"], rows[4]["is_impossible"] = None, True
+    path, predictions = tmp_path / "data.jsonl", tmp_path / "p.json"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    predictions.write_text(json.dumps({str(i): "d" for i in range(20)}))
+    code, out, err = babl(capsys, "score", path, predictions)
+    assert (code, out) == (2, "") and "line 4.answers is missing (null" in err and "--faulty leave-out" in err
+    code, out, _ = babl(capsys, "score", path, predictions, "--faulty", "leave-out")
+    assert code == 0 and json.loads(out) == {"exact_match": 100.0, "f1": 100.0, "total": 19}
+
+
+@pytest.fixture(scope="module")
 def overlapping(tmp_path_factory):
     """A training file, and a corpus with the contexts of the dev file and one text of its own."""
     folder = tmp_path_factory.mktemp("overlapping")
@@ -96,7 +174,7 @@ def test_overlap_names_what_is_wrong(capsys, data, overlapping, tmp_path):
     for arguments, message in [
         (["absent.json", data], "absent.json: no such data file"),
         ([train, data, "--corpus", "absent.txt"], "absent.txt: no such corpus file"),
-        ([train, data, "--corpus", overlapping / "b.txt", train], "train.json: a corpus file ends in .txt or .jsonl"),
+        ([train, data, "--corpus", overlapping / "b.txt", train], 'train.json: line 1 has no "text"'),
         ([train, data, "--out", tmp_path / "file"], "--out: "),
     ]:
         code, out, err = babl(capsys, "overlap", *arguments)

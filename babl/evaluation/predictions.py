@@ -112,16 +112,23 @@ def predict_into(
 
 def stored(path: Path, key: str, views: Sequence[View]) -> list[Prediction]:
     """Returns the whole chunks that a file of this key has of the views, from the first on."""
-    if not path.exists():
+    if key_of(path) != key:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last one is empty, or was cut short
-    if not lines or json.loads(lines[0]) != {"key": key}:
-        return []
     whole = len(lines) - 1 if len(lines) - 1 == len(views) else (len(lines) - 1) // CHUNK * CHUNK
     found = [Prediction(**json.loads(line)) for line in lines[1 : 1 + whole]]
     if [p.id for p in found] != [view.id for view in views[:whole]]:
         return []
     return found
+
+
+def key_of(path: Path) -> str | None:
+    """Returns the key of a file of `predict_into`, or None where it is not there, or is no such file."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return json.loads(file.readline())["key"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def read_predictions(path: Path) -> list[Prediction]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import numpy as np
 from babl.data.contexts import TestArm, View, see
 from babl.data.squad import Answer, Example, to_squad
 from babl.errors import UserError
-from babl.evaluation.predictions import Asking, Prediction, answer_key, predict, predict_into
+from babl.evaluation.predictions import Asking, Prediction, answer_key, key_of, predict, predict_into
 from babl.evaluation.squad import question_scores, score
 from babl.evaluation.statistics import cluster_bootstrap
 from babl.generation import Engine
 from babl.text import Tokenizer
 from babl.text.normalize import normalize_answer
+from babl.text.prompts import clean_answer
 
 
 @dataclass
@@ -26,17 +27,22 @@ class Evaluation:
     Attributes:
         predictions: Question id -> answer after `clean_answer`.
         metrics: Official keys in percent, and what the run lost or cut.
+        na_prob: Question id -> probability that it has no answer, where that was asked for.
     """
 
     predictions: dict[str, str]
     metrics: dict[str, Any]
+    na_prob: dict[str, float] | None = None
 
     def save(self, folder: Path) -> None:
-        """The folder holds predictions.json and metrics.json."""
+        """The folder holds predictions.json, metrics.json and, where it was asked for, na_prob.json."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name, value in asdict(self).items():
-            text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-            (folder / f"{name}.json").write_text(text, encoding="utf-8")
+        files = {"predictions": self.predictions, "metrics": self.metrics, "na_prob": self.na_prob}
+        for name, value in files.items():
+            if value is not None:
+                aside = folder / f"{name}.json.tmp"
+                aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                aside.rename(folder / f"{name}.json")
 
 
 def evaluate(
@@ -60,7 +66,7 @@ def evaluate(
         out: A folder that keeps each answer as it comes, so that a killed evaluation goes on; with `model` alone.
 
     Raises:
-        UserError: The arm cannot be built for any question.
+        UserError: The arm cannot be built for any question, or the folder has answers of another evaluation.
     """
     views, missing = see(examples, arm, context_seed)
     if not views:
@@ -68,8 +74,9 @@ def evaluate(
             f"--context {arm} can be built for none of {len(examples)} questions: {missing[examples[0].id]}"
         )
     if model and out:
-        key = answer_key(engine, model, views, asking)
-        predictions = predict_into(out / f"predictions-{arm}.jsonl", engine, views, asking, key)
+        key, path = answer_key(engine, model, views, asking), out / f"predictions-{arm}.jsonl"
+        _check_own(out, path, key)
+        predictions = predict_into(path, engine, views, asking, key)
     else:
         predictions = predict(engine, views, asking)
     metrics = summarize(asked(examples, views), predictions)
@@ -78,7 +85,23 @@ def evaluate(
         "context": arm,
         "not_built": len(missing),
     }
-    return Evaluation({p.id: p.prediction for p in predictions}, metrics)
+    return Evaluation({p.id: p.prediction for p in predictions}, metrics, na_probabilities(predictions))
+
+
+def _check_own(folder: Path, path: Path, key: str) -> None:
+    """The folder has nothing of an evaluation whose answers are not those of this file and key."""
+    others = [*folder.glob("predictions*.json*"), *folder.glob("metrics.json"), *folder.glob("na_prob.json")]
+    if others and key_of(path) != key:
+        raise UserError(
+            f"--out: {folder} has {min(others).name} of another evaluation: another arm, model, data set, setting or "
+            "version of Babl; choose another folder, or empty this one"
+        )
+
+
+def na_probabilities(predictions: Sequence[Prediction]) -> dict[str, float] | None:
+    """Returns the probability by question id that there is no answer, or None where it was not asked for."""
+    found = {p.id: p.no_answer for p in predictions if p.no_answer is not None}
+    return found if len(found) == len(predictions) else None
 
 
 def asked(examples: Sequence[Example], views: Sequence[View]) -> dict[str, Any]:
@@ -90,12 +113,15 @@ def asked(examples: Sequence[Example], views: Sequence[View]) -> dict[str, Any]:
 
 
 def summarize(data: dict[str, Any], predictions: list[Prediction]) -> dict[str, Any]:
-    """Returns the official metrics in percent, an interval, and what was windowed, empty or cut off."""
+    """Returns the official metrics in percent, an interval, and what was windowed, empty or cut off.
+
+    With probabilities that there is no answer, best_* and the average precisions are among them.
+    """
     answers = {p.id: p.prediction for p in predictions}
     scores = question_scores(data, answers)
     titles = [s.title for s in scores.values()]
     exact = np.array([100 * s.exact for s in scores.values()])
-    metrics = score(data, answers) | {
+    metrics = score(data, answers, na_probabilities(predictions)) | {
         "exact_interval": cluster_bootstrap(exact, titles),
         "articles": len(set(titles)),
         "windowed": sum(p.windows > 1 for p in predictions),
@@ -118,13 +144,12 @@ def longest_prompt(engine: Engine, max_new_tokens: int) -> int:
 def attainable_exact(tokenizer: Tokenizer, examples: list[Example]) -> float:
     """Returns the exact match, in percent, of a model that answers every question right, through this tokenizer.
 
-    A gold that does not survive encoding and decoding (T5's normalises "½", for instance) cannot be written.
+    A gold that does not survive encoding and decoding (T5's normalises "½", for instance) cannot be written, nor can
+    one that `clean_answer` takes for something else: what has a line break in it, or says that there is no answer.
     """
-    reachable = [
-        e.impossible
-        or any(
-            normalize_answer(tokenizer.decode(tokenizer.encode(a.text))) == normalize_answer(a.text) for a in e.answers
-        )
-        for e in examples
-    ]
+
+    def writable(gold: str) -> bool:
+        return normalize_answer(clean_answer(tokenizer.decode(tokenizer.encode(gold)))) == normalize_answer(gold)
+
+    reachable = [e.impossible or any(writable(answer.text) for answer in e.answers) for e in examples]
     return 100 * sum(reachable) / len(reachable)

@@ -5,18 +5,22 @@ which only 2.0 has. The rules are those of the scripts published with the data s
 evaluate-v2.0.py), oddities included; those that look like bugs are named where they are.
 """
 
+import json
+import math
+import reprlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from babl.data.squad import Version
 from babl.errors import UserError
 from babl.evaluation.selective import tie_safe_best
-from babl.text.normalize import normalize_answer
+from babl.text.normalize import normalize_answer, without_surrogates
 
-Version = Literal["1.1", "2.0"]
 Missing = Literal["error", "zero"]
 
 
@@ -65,7 +69,7 @@ def question_scores(
     """Returns the scores of every question by id: the best over its gold answers, exact match and F1 apart.
 
     Args:
-        dataset: A parsed SQuAD file.
+        dataset: A parsed SQuAD file; of its questions, ids and gold texts alone are looked at.
         predictions: Question id -> text. More ids than the data set has are ignored.
         version: Whose rules; read off the data set where None.
         missing: `zero` scores a question without a prediction 0.
@@ -77,7 +81,7 @@ def question_scores(
     scores: dict[str, QuestionScore] = {}
     absent = []
     for title, qa in _questions(dataset):
-        qid, golds = qa["id"], _gold_texts(qa)
+        qid, golds = str(qa["id"]), _gold_texts(qa)
         if qid in scores:
             raise UserError(f"question id {qid} stands twice in the data set")
         has_answer = bool(golds)
@@ -91,12 +95,12 @@ def question_scores(
             absent.append(qid)
             exact = overlap = 0.0
         elif not isinstance(prediction, str):
-            raise UserError(f"prediction of question {qid} is {prediction!r}, expected a string")
+            raise UserError(f"prediction of question {qid} is {reprlib.repr(prediction)}, expected a string")
         else:
             predicted = normalize_answer(prediction)
             exact = float(predicted in normal)
             overlap = max(_f1(predicted, gold, version) for gold in normal)
-        scores[qid] = QuestionScore(exact, overlap, has_answer, title, qa.get("grade", ""))
+        scores[qid] = QuestionScore(exact, overlap, has_answer, title, str(qa.get("grade", "")))
     if absent and missing == "error":
         first = ", ".join(absent[:3])
         raise UserError(
@@ -131,9 +135,14 @@ def score(
         missing: `zero` scores a question without a prediction 0, and counts it under "missing".
 
     Raises:
-        UserError: As `question_scores`; or `na_prob` lacks a question.
+        UserError: As `question_scores`; or `na_prob` lacks a question, or comes with version 1.1, which has no such.
     """
     version = version or dataset_version(dataset)
+    if na_prob is not None and version == "1.1":
+        raise UserError(
+            "no-answer probabilities (--na-prob) are for SQuAD 2.0, but the data is of version 1.1; leave them out, or "
+            'let a file that is part of a 2.0 set say "version": "v2.0"'
+        )
     scores = question_scores(dataset, predictions, version, missing)
     unanswered = sum(qid not in predictions for qid in scores)
     extra = {"missing": unanswered} if unanswered else {}
@@ -176,6 +185,30 @@ def score(
     return result | extra
 
 
+def read_by_id(path: str | Path) -> dict[str, Any]:
+    """Returns a file of question id -> prediction, or probability, as JSON; what the values are is not looked at.
+
+    Raises:
+        UserError: The file cannot be read, or is no object.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: malformed JSON at line {error.lineno} column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: malformed JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f'{path}: expected an object {{"question id": answer}}, found {type(value).__name__}')
+    return {
+        without_surrogates(qid): without_surrogates(found) if isinstance(found, str) else found
+        for qid, found in value.items()
+    }
+
+
 def dataset_version(dataset: Mapping[str, Any]) -> Version:
     """Returns 2.0 where the file says so or has a question without an answer, else 1.1."""
     says = "2.0" in str(dataset.get("version", ""))
@@ -199,8 +232,9 @@ def _checked_probabilities(na_prob: Mapping[str, float] | None, scores: Mapping[
     if na_prob is None:
         return dict.fromkeys(scores, 0.0)
     for qid in scores:
-        if not isinstance(na_prob.get(qid), int | float):
-            raise UserError(f"no-answer probability of question {qid} is {na_prob.get(qid)!r}, expected a number")
+        value = na_prob.get(qid)
+        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+            raise UserError(f"no-answer probability of question {qid} is {reprlib.repr(value)}, expected a number")
     return {qid: na_prob[qid] for qid in scores}
 
 

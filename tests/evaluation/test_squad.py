@@ -3,7 +3,7 @@ import json
 import pytest
 
 from babl.errors import UserError
-from babl.evaluation.squad import question_scores, score
+from babl.evaluation.squad import question_scores, read_by_id, score
 from babl.text.normalize import normalize_answer
 
 
@@ -138,9 +138,38 @@ def test_missing_predictions_are_an_error_unless_scored_zero_aloud():
         (squad([("a", ["x"])]), {"a": None}, None, "prediction of question a is None, expected a string"),
         (squad([("a", ["x"]), ("a", ["x"])]), {"a": "x"}, None, "question id a stands twice"),
         (squad([("a", ["x"])]), {"a": "x"}, {}, "no-answer probability of question a is None"),
+        (squad([("a", ["x"])]), {"a": "x"}, {"a": float("nan")}, "no-answer probability of question a is nan"),
+        (squad([("a", ["x"])], "1.1"), {"a": "x"}, {"a": 0.5}, r"\(--na-prob\) are for SQuAD 2.0, but the data is of"),
         (squad([]), {}, None, "has no question"),
     ],
 )
 def test_wrong_input_is_named(data, predictions, na_prob, message):
     with pytest.raises(UserError, match=message):
         score(data, predictions, na_prob)
+
+
+def test_ids_may_be_integers_and_contexts_absent():
+    data = {"version": "1.1", "data": [{"paragraphs": [{"qas": [{"id": 7, "answers": [{"text": "x"}]}]}]}]}
+    assert score(data, {"7": "X."}) == {"exact_match": 100.0, "f1": 100.0, "total": 1}
+
+
+def test_predictions_may_begin_with_a_bom_and_hold_a_lone_surrogate(tmp_path):
+    path = tmp_path / "p.json"
+    path.write_bytes(b"\xef\xbb\xbf" + rb'{"a": "x\ud83d", "\udc00": NaN}')
+    found = read_by_id(path)
+    assert found["a"] == "x\ufffd" and "\ufffd" in found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"id": "a"}]', r'p\.json: expected an object \{"question id": answer\}, found list'),
+        (b'{"a": ', r"p\.json: malformed JSON at line 1 column 7"),
+        (b"[" * 100_000, r"p\.json: malformed JSON"),
+        (b"\xff\xfe{", r"p\.json: cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_predictions_is_named(tmp_path, content, message):
+    (tmp_path / "p.json").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_by_id(tmp_path / "p.json")

@@ -7,7 +7,14 @@ import time
 import psutil
 import pytest
 
-RUNS = [("ddp", 4), *(pytest.param(backend, 25, marks=pytest.mark.slow) for backend in ("ddp", "fsdp", "zero2"))]
+HARD = [
+    "train.async_save=true",
+    "train.keep_last=1",
+]  # a save is nearly always under way, and there is one to go back to
+RUNS = [
+    ("ddp", 4, []),
+    *(pytest.param(backend, 25, HARD, marks=pytest.mark.slow) for backend in ("ddp", "fsdp", "zero2")),
+]
 
 
 def kill(runs, process, moment, rng):
@@ -30,10 +37,10 @@ def kill(runs, process, moment, rng):
     return "everything" if everything else "one rank"
 
 
-@pytest.mark.parametrize(("backend", "kills"), RUNS)
-def test_killed_again_and_again_it_ends_as_if_undisturbed(runs, undisturbed, backend, kills):
+@pytest.mark.parametrize(("backend", "kills", "how"), RUNS)
+def test_killed_again_and_again_it_ends_as_if_undisturbed(runs, undisturbed, backend, kills, how):
     rng = random.Random(kills)
-    settings = ["train.save_every=1", f"train.steps={6 * kills}"]
+    settings = ["train.save_every=1", f"train.steps={6 * kills}", *how]
     moments = ["set-up", *rng.choices(["set-up", "step", "save", "save"], k=kills - 3), "step", "save"]
     for moment in moments:
         process = runs.start("run", f"distributed.backend={backend}", *settings, "run.resume=true")

@@ -1,4 +1,4 @@
-# The one file a new cluster edits: train.sbatch and eval.sbatch read it on the job's first node, in the folder that
+# The one file a new cluster edits: the .sbatch files read it on the job's first node, in the folder that
 # sbatch was called in, and what it exports reaches every node.
 # shellcheck shell=bash disable=SC1091,SC2034  # its variables are for the scripts that read it
 
@@ -17,9 +17,14 @@ script=${SCRIPT:-scripts/train.py}
 processes=${SLURM_GPUS_ON_NODE:-1}
 export OMP_NUM_THREADS=$((${SLURM_CPUS_ON_NODE:-1} / processes > 0 ? ${SLURM_CPUS_ON_NODE:-1} / processes : 1))
 
-# The port at which the nodes meet on the first one: free there, and another for each job.
-port=$((20000 + SLURM_JOB_ID % 20000))
+# The port at which the nodes meet on the first one: another for each job, and none that the system hands out itself
+# (/proc/sys/net/ipv4/ip_local_port_range, mostly from 32768). Where it is taken, train.sbatch takes the next free one.
+port=$((20000 + SLURM_JOB_ID % 10000))
 
-# The network, where the first interface is not the fast one.
+# Seconds that the nodes wait for one another: images to pull, modules to load, a slow file system.
+join_timeout=900
+
+# The network, where the fast interface is not found: NCCL looks for InfiniBand first, and gloo takes the interface that
+# leads to the first node's NodeAddr.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}

@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from babl.config import PositiveInt
+
 OptimizerFn = Callable[[nn.Module], torch.optim.Optimizer]
 
 
@@ -20,11 +22,13 @@ class DistributedConfig:
             zero2 gradients and optimizer, zero1 the optimizer alone. zero1, zero2 and zero3 are DeepSpeed's.
         offload: What waits in the CPU's memory: the optimizer (zero1, zero2, zero3), or all (fsdp, zero3).
         deepspeed: A JSON file of DeepSpeed's own settings, merged into those made here.
+        timeout_seconds: A process that has waited this long for another one ends the run.
     """
 
     backend: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
     offload: Literal["none", "optimizer", "all"] = "none"
     deepspeed: str = ""
+    timeout_seconds: PositiveInt = 600
 
 
 class Stored(Protocol):

@@ -5,11 +5,13 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 T = TypeVar("T")
 
@@ -63,15 +65,23 @@ class World:
 
 
 @contextmanager
-def world() -> Iterator[World]:
-    """Yields the world as torchrun describes it, one process without torchrun; the process group ends with it."""
+def world(timeout_seconds: float = 600) -> Iterator[World]:
+    """Yields the world as torchrun describes it, one process without torchrun; the process group ends with it.
+
+    Args:
+        timeout_seconds: How long a collective waits for the other ranks before it raises, on gloo, or ends the
+            process, on NCCL. It bounds how long a run outlives a machine, or a network, that has gone silent.
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if size > 1:
-        dist.init_process_group(_transport(device))
+        timeout = timedelta(seconds=timeout_seconds)
+        # Groups made later, of checkpoints and by DeepSpeed, wait as long as torch's default says.
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+        dist.init_process_group(_transport(device), timeout=timeout)
     left_well = size == 1
     try:
         yield World(rank, size, device)

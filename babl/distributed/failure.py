@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import sys
 import traceback
 from datetime import timedelta
@@ -47,8 +48,13 @@ def _tell(program: str, error: Exception) -> None:
     start = "\n" if os.environ.get("RANK", "0") != "0" else ""  # rank 0's progress bar may stand on this line
     if isinstance(error, UserError | FloatingPointError):
         line = str(error)
+    elif "Timed out" in str(error) and _peer_is_gone(error):
+        line = (
+            f"{rank}another rank has not answered in time: its machine, or the network, is down, or it is busy for "
+            f"longer than distributed.timeout_seconds ({first_line(error)})"
+        )
     elif _peer_is_gone(error):
-        line = f"{rank}another rank is gone ({_reason(error)})"
+        line = f"{rank}another rank is gone ({first_line(error)})"
     else:
         line = f"{rank}{type(error).__name__}: {error}\n{traceback.format_exc().rstrip()}"
     tqdm.write(f"{start}{program}: {line}", file=sys.stderr)
@@ -63,13 +69,14 @@ def _first_to_fail() -> bool:
     key = f"babl/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection((address, port), timeout=5).close()  # torch would write a page of C++ to stderr
         return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5)).add(key, 1) == 1
-    except (KeyError, dist.DistError):
+    except (KeyError, OSError, dist.DistError):
         return True  # there is no torchrun, or the first machine's is gone, and nobody here has heard why
 
 
-def _reason(error: Exception) -> str:
-    """Returns the first line without the place in gloo's source that it starts with."""
+def first_line(error: BaseException) -> str:
+    """Returns the error's first line without the place in gloo's source that it may start with."""
     return re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0])
 
 

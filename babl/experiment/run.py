@@ -151,7 +151,7 @@ def _train(plan: Plan, cell: Cell, leave: Callable[[], bool]) -> None:
                 told = True
             time.sleep(0.1)
     # The signal may find it before it can listen, or, where SLURM has told it already, on its way out.
-    if process.returncode == EXIT_PREEMPTED or (told and process.returncode == -signal.SIGTERM):
+    if process.returncode == EXIT_PREEMPTED or (told and process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)):
         raise Left
     failed = _failure(folder, process.returncode)
     trained: Tree = {"failed": failed, "chosen": settings}

@@ -37,6 +37,7 @@ MAY_CHANGE = {
     "distributed.backend",
     "distributed.offload",
     "distributed.deepspeed",
+    "distributed.timeout_seconds",
     "train.activation_checkpointing",
     "train.preflight",
     # what is kept and shown of them

@@ -1,5 +1,6 @@
 """The files of launch/ and the image keep what they promise, as far as reading them can tell."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ def test_the_scripts_are_clean():
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed")
     scripts = [*(ROOT / "launch").glob("*.s*"), ROOT / ".ci" / "run"]
-    assert len(scripts) == 5
+    assert len(scripts) == 6
     done = subprocess.run(["shellcheck", *scripts], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -25,6 +26,19 @@ def test_a_job_may_come_back_and_is_warned():
         options = re.findall(r"^#SBATCH --(\S+)", (ROOT / "launch" / f"{name}.sbatch").read_text(), flags=re.MULTILINE)
         assert {"requeue", "open-mode=append"} < {*options}
         assert any(re.fullmatch(r"signal=B:USR1@\d+", option) for option in options)
+
+
+def test_ports_are_none_that_the_system_hands_out():
+    """Linux hands out 32768 to 60999 unless told otherwise (Documentation/networking/ip-sysctl.rst)."""
+    ask = ". launch/env.sh; echo $port"
+    ports = set()
+    for job in (1, 9_999, 10_000, 12_345, 67_043_328):  # up to MaxJobId
+        environment = os.environ | {"SLURM_JOB_ID": str(job)}
+        done = subprocess.run(
+            ["bash", "-c", ask], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
+        ports.add(int(done.stdout))
+    assert len(ports) == 5 and min(ports) >= 1024 and max(ports) < 32768
 
 
 def test_the_image_is_built_in_stages_from_exact_tags():

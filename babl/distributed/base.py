@@ -1,6 +1,7 @@
 """What every backend gives the loop, and what the backends share."""
 
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from babl.config import PositiveInt
+from babl.distributed.env import World
+from babl.errors import UserError
 
 OptimizerFn = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -66,25 +69,64 @@ class Backend(Protocol):
     """Whether every rank has all weights, so that one alone can call the model it gave to `setup`."""
 
     def setup(self, model: nn.Module, optimizer_fn: OptimizerFn) -> None:
-        """Model and optimizer are ready to train; a model on the meta device waits for `load` to have values."""
+        """Model and optimizer are ready to train; a model on the meta device waits for `load` to have values.
+
+        Frozen parameters (`requires_grad` false, or in none of the optimizer's groups) stay as they are.
+
+        Raises:
+            UserError: The backend cannot shard this optimizer, or the groups' rates have no common scale.
+        """
 
     def microbatch(self, last: bool) -> AbstractContextManager[None]:
-        """Within it a forward and a backward run; the step's gradients are complete after its last micro-batch."""
+        """Within it a forward and a backward run; the step's gradients are complete after its last micro-batch.
+
+        A validation's forward also runs within one, for the precision of training.
+        """
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the loss, already divided by the step's target tokens on all ranks, are added up."""
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields name and gradient of each parameter that has one, as this rank holds it.
+
+        After the last micro-batch it is the step's, before clipping, and what is changed in place is what `step` takes.
+
+        Raises:
+            UserError: This backend does not hold gradients by parameter at this point.
+        """
 
     def step(self, learning_rate: float, max_norm: float) -> float:
         """Clips, updates and forgets the gradients; returns their norm before clipping.
 
         A norm that is not finite updates nothing. A maximum of 0 clips nothing.
+
+        Args:
+            learning_rate: Of the groups whose own `lr` was 1.0 at `setup`; that of the others is a factor of it.
+            max_norm: Of all gradients together.
         """
+
+    def exchange(self, key: str) -> None:
+        """Weights and the part `key` of the optimizer's state change places; a second call changes them back.
+
+        Raises:
+            UserError: The optimizer's state has no such part.
+        """
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields name and whole value of each parameter as a forward uses it; every rank must go through all."""
 
     def save(self) -> Share:
         """Returns this rank's share of weights and optimizer state; every rank must ask for its own."""
 
-    def load(self, weights: Tensors, optimizer: Tensors) -> None:
-        """Weights and optimizer state are these, by the names of `Share`; each rank reads what it keeps."""
+    def load(self, weights: Tensors, optimizer: Tensors) -> list[str]:
+        """Weights and optimizer state are these, by the names of `Share`; each rank reads what it keeps.
+
+        Returns:
+            The parameters that `weights` does not have, which keep their values.
+
+        Raises:
+            UserError: There is a weight or a state of a parameter that the model does not have or does not train.
+        """
 
 
 def deal(model: nn.Module, ranks: int) -> dict[str, int]:
@@ -108,11 +150,109 @@ def materialize(model: nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 if parameter not in made:
-                    made[parameter] = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+                    made[parameter] = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
                 module._parameters[name] = made[parameter]
 
 
-def set_learning_rate(groups: Iterable[dict], learning_rate: float) -> None:
-    """Every parameter group steps with this rate."""
-    for group in groups:
-        group["lr"] = learning_rate
+def settle(model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> list[float]:
+    """Model and optimizer agree on what is trained; returns each parameter group's factor of the learning rate.
+
+    Frozen parameters leave the optimizer's groups, and what no group has is frozen.
+
+    Raises:
+        UserError: Nothing is trained, or `group_factors` says so.
+    """
+    factors = group_factors([group["lr"] for group in optimizer.param_groups])
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+    kept = [i for i, group in enumerate(optimizer.param_groups) if group["params"]]
+    optimizer.param_groups[:] = [optimizer.param_groups[i] for i in kept]
+    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    if not trained:
+        raise UserError("nothing is trained: every parameter is frozen, or the optimizer has none")
+    left = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter not in trained
+    ]
+    if left and world.is_main:
+        print(f"the optimizer has no group for {len(left)} parameters, first {left[0]}: frozen", file=sys.stderr)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in trained)
+    return [factors[i] for i in kept]
+
+
+def group_factors(rates: list[float]) -> list[float]:
+    """Returns what the loop's learning rate is multiplied with in each parameter group.
+
+    Args:
+        rates: The groups' own `lr`. Where all are the same, whatever it is, groups follow the loop's rate.
+
+    Raises:
+        UserError: They differ, and none is 1.0, so it is not known what they are factors of.
+    """
+    if len(set(rates)) == 1:
+        return [1.0] * len(rates)
+    if 1.0 not in rates:
+        found = ", ".join(f"{rate:g}" for rate in sorted(set(rates)))
+        raise UserError(
+            f"the optimizer's groups have lr {found}: a group's lr is a factor of the rate that the loop sets, so one "
+            "of them must be 1.0; divide them by the rate of the group that is to follow the loop"
+        )
+    return [float(rate) for rate in rates]
+
+
+def set_learning_rate(groups: Iterable[dict], factors: list[float], learning_rate: float) -> None:
+    """Every parameter group steps with its factor of this rate."""
+    for group, factor in zip(groups, factors, strict=True):
+        group["lr"] = learning_rate * factor
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    """Returns the names of the parameters that are not frozen."""
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def check_trained(model: nn.Module, trained: set[str]) -> None:
+    """What is trained is what was to be trained at `setup`.
+
+    Raises:
+        UserError: A parameter was frozen, or no longer is, since.
+    """
+    changed = sorted(trained_names(model) ^ trained)
+    if changed:
+        raise UserError(
+            f"{changed[0]}: requires_grad was changed after backend.setup, which a backend does not see; freeze before "
+            "it, and go on with other parameters in a run of its own that starts from a checkpoint (model.path)"
+        )
+
+
+def check_stored(model: nn.Module, trained: set[str], weights: Tensors, optimizer: Tensors) -> list[str]:
+    """Returns the model's parameters that `weights` lacks, where nothing is stored that the model has no use for.
+
+    Raises:
+        UserError: There is.
+    """
+    names = {name for name, _ in model.named_parameters()}
+    for name in sorted(weights.keys() - names):
+        raise UserError(f"{name} is in the checkpoint, but this model has no such parameter")
+    for name in sorted({key.partition("/")[0] for key in optimizer} - trained):
+        raise UserError(
+            f"{name} was trained when the checkpoint was saved, and is frozen now; begin a run of another run.name "
+            "from it with model.path"
+        )
+    return sorted(names - weights.keys())
+
+
+@torch.no_grad()
+def exchange_state(parameters: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]], key: str) -> None:
+    """The values of the parameters and the part `key` of their optimizer state change places.
+
+    Raises:
+        UserError: There is no such part.
+    """
+    pairs = [(parameter, state[parameter][key]) for parameter in parameters if key in state[parameter]]
+    if not pairs:
+        raise UserError(f'the optimizer keeps no "{key}" of the weights, or has not made a step')
+    for parameter, other in pairs:
+        kept = parameter.detach().clone()
+        parameter.copy_(other)
+        other.copy_(kept)

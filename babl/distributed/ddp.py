@@ -9,7 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from babl.distributed.base import OptimizerFn, Share, Tensors, deal, materialize, set_learning_rate
+from babl.distributed.base import (
+    OptimizerFn,
+    Share,
+    Tensors,
+    check_stored,
+    check_trained,
+    deal,
+    exchange_state,
+    materialize,
+    set_learning_rate,
+    settle,
+    trained_names,
+)
 from babl.distributed.env import World
 
 
@@ -27,11 +39,15 @@ class DDP:
         self.module = model.to(self.world.device)
         self.owners = deal(model, self.world.size)
         self.optimizer = optimizer_fn(self.module)
+        self.factors = settle(model, self.optimizer, self.world)
+        self.trained = trained_names(model)
         self.model: nn.Module = DistributedDataParallel(self.module) if self.world.size > 1 else self.module
 
     @contextmanager
     def microbatch(self, last: bool) -> Iterator[None]:
         """Within it a forward and a backward run; gradients meet only on the step's last micro-batch."""
+        check_trained(self.module, self.trained)
+        self.meet = last and self.world.size > 1
         alone = last or not isinstance(self.model, DistributedDataParallel)
         with (
             nullcontext() if alone else cast(DistributedDataParallel, self.model).no_sync(),
@@ -41,16 +57,34 @@ class DDP:
 
     def backward(self, loss: Tensor) -> None:
         """Gradients add up; DDP averages over ranks, and the loss is a share of a sum, hence the factor."""
+        if self.meet:  # DDP waits for a gradient of every parameter, also of those that this loss does not depend on
+            reached = _leaves(loss)
+            unused = [p for p in self.module.parameters() if p.requires_grad and p not in reached]
+            loss = loss + sum(p.sum() * 0.0 for p in unused)
         (loss * self.world.size).backward()
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields gradients: before the last micro-batch the sum of this rank's, scaled by the number of ranks."""
+        for name, parameter in self.module.named_parameters():
+            if parameter.grad is not None:
+                yield name, parameter.grad
 
     def step(self, learning_rate: float, max_norm: float) -> float:
         """Clips, updates and forgets the gradients; returns their norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), max_norm or math.inf).item()
         if math.isfinite(norm):
-            set_learning_rate(self.optimizer.param_groups, learning_rate)
+            set_learning_rate(self.optimizer.param_groups, self.factors, learning_rate)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def exchange(self, key: str) -> None:
+        """Weights and that part of the optimizer's state change places."""
+        exchange_state(self.module.parameters(), self.optimizer.state, key)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields name and value of each parameter."""
+        yield from ((name, parameter.detach()) for name, parameter in self.module.named_parameters())
 
     def save(self) -> Share:
         """Returns this rank's share; each rank has all, and copies its part."""
@@ -63,11 +97,26 @@ class DDP:
         return share
 
     @torch.no_grad()
-    def load(self, weights: Tensors, optimizer: Tensors) -> None:
+    def load(self, weights: Tensors, optimizer: Tensors) -> list[str]:
         """Weights and optimizer state are these."""
+        absent = check_stored(self.module, self.trained, weights, optimizer)
         parameters = dict(self.module.named_parameters())
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name][...])
+        for name, stored in weights.items():
+            parameters[name].copy_(stored[...])
         for key, stored in optimizer.items():
             name, _, part = key.partition("/")
             self.optimizer.state[parameters[name]][part] = stored[...].to(self.world.device, copy=True)
+        return absent
+
+
+def _leaves(loss: Tensor) -> set[Tensor]:
+    """Returns the parameters that the loss depends on."""
+    leaves, seen, todo = set(), set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if hasattr(node, "variable"):
+                leaves.add(node.variable)
+            todo += [parent for parent, _ in node.next_functions]
+    return leaves

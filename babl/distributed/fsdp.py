@@ -3,15 +3,30 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
-from babl.distributed.base import OptimizerFn, Share, Stored, Tensors, deal, materialize, set_learning_rate
+from babl.distributed.base import (
+    OptimizerFn,
+    Share,
+    Stored,
+    Tensors,
+    check_stored,
+    check_trained,
+    deal,
+    exchange_state,
+    materialize,
+    set_learning_rate,
+    settle,
+    trained_names,
+)
 from babl.distributed.env import World, start_group
+from babl.distributed.trial import check_sharded
 from babl.errors import UserError
 
 
@@ -25,11 +40,7 @@ class FSDP:
         self.precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
 
     def setup(self, model: nn.Module, optimizer_fn: OptimizerFn) -> None:
-        """Model and optimizer are ready to train.
-
-        Raises:
-            UserError: The optimizer is not AdamW: torch's Adafactor does not know shards.
-        """
+        """Model and optimizer are ready to train."""
         start_group(self.world)
         self.owners = deal(model, self.world.size)
         materialize(model)
@@ -45,10 +56,9 @@ class FSDP:
         # The shards. What the model calls its parameters are, between a forward and a backward, its whole tensors.
         self.parameters = dict(model.named_parameters())
         self.optimizer = optimizer_fn(model)
-        if not isinstance(self.optimizer, torch.optim.AdamW):
-            raise UserError(
-                'optim.name is "adafactor", which torch cannot shard; use "adamw", or distributed.backend=ddp'
-            )
+        self.factors = settle(model, self.optimizer, self.world)
+        check_sharded(self.optimizer, mesh, "fsdp")
+        self.trained = trained_names(model)
 
     @contextmanager
     def microbatch(self, last: bool) -> Iterator[None]:
@@ -57,6 +67,7 @@ class FSDP:
         Until then each rank keeps them whole.
         """
         assert isinstance(self.model, FSDPModule)
+        check_trained(self.model, self.trained)
         self.model.set_requires_gradient_sync(last)
         yield
 
@@ -64,15 +75,37 @@ class FSDP:
         """Gradients add up."""
         loss.backward()
 
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields this rank's shards (rows) of the gradients; none has one before the last micro-batch has met.
+
+        Raises:
+            UserError: It has not.
+        """
+        found = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        if not found:
+            raise UserError("fsdp has no gradients before the step's last micro-batch; distributed.backend=ddp has")
+        for name, gradient in found.items():
+            assert isinstance(gradient, DTensor)
+            yield name, gradient.to_local()
+
     def step(self, learning_rate: float, max_norm: float) -> float:
         """Clips, updates and forgets the gradients; returns their norm before clipping."""
         total = torch.nn.utils.clip_grad_norm_(self.parameters.values(), max_norm or math.inf)
         norm = _whole(total).item()
         if math.isfinite(norm):
-            set_learning_rate(self.optimizer.param_groups, learning_rate)
+            set_learning_rate(self.optimizer.param_groups, self.factors, learning_rate)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def exchange(self, key: str) -> None:
+        """Weights and that part of the optimizer's state change places."""
+        self._forget_whole()
+        exchange_state(self.parameters.values(), self.optimizer.state, key)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields name and whole value of each parameter, one put together at a time."""
+        yield from ((name, _whole(parameter.detach())) for name, parameter in self.parameters.items())
 
     def save(self) -> Share:
         """Returns this rank's share; tensors are put together one at a time."""
@@ -84,29 +117,38 @@ class FSDP:
             for target, key, value in found:
                 whole = _whole(value)  # every rank takes part, for it gives its shard
                 if self.owners[name] == self.world.rank:
-                    target[key] = whole.to("cpu", copy=True)
+                    target[key] = torch.as_tensor(whole).to("cpu", copy=True)
         return share
 
     @torch.no_grad()
-    def load(self, weights: Tensors, optimizer: Tensors) -> None:
+    def load(self, weights: Tensors, optimizer: Tensors) -> list[str]:
         """Weights and optimizer state are these; each rank reads the rows of its shards."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # or whole tensors that a forward has left would outlive what is read
-        for name, parameter in self.parameters.items():
-            _read_shard(parameter.data, weights[name])
+        absent = check_stored(self.model, self.trained, weights, optimizer)
+        self._forget_whole()
+        for name, stored in weights.items():
+            _read_shard(self.parameters[name].data, stored)
         for key, stored in optimizer.items():
             name, _, part = key.partition("/")
             parameter = self.parameters[name]
+            assert isinstance(parameter, DTensor)
             state = self.optimizer.state[parameter]
-            if stored.get_shape():
+            if tuple(stored.get_shape()) == tuple(parameter.shape):
                 state[part] = torch.zeros_like(parameter)
                 _read_shard(state[part], stored)
-            else:  # the count of steps, whole on every rank
-                state[part] = stored[...].to(parameter.device, copy=True)
+            else:  # whole on every rank: the count of steps, or what an optimizer keeps of rows and columns
+                value = stored[...].to(parameter.device, copy=True)
+                whole = value.ndim == 0
+                state[part] = value if whole else DTensor.from_local(value, parameter.device_mesh, [Replicate()])
+        return absent
+
+    def _forget_whole(self) -> None:
+        """No whole tensor that a forward has left outlives the shards that it was made of."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _whole(tensor: Any) -> Any:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -17,14 +17,26 @@ from babl.distributed.base import (
     OptimizerFn,
     Share,
     Tensors,
+    check_stored,
+    check_trained,
     deal,
+    exchange_state,
     materialize,
     set_learning_rate,
+    settle,
+    trained_names,
 )
+from babl.distributed.compiler import check_locks
 from babl.distributed.env import World, start_group
+from babl.distributed.trial import check_flat
 from babl.errors import UserError
 
 ELSEWHERE = {"optimizer": "[optim]", "scheduler": "[optim]", "gradient_clipping": "optim.max_grad_norm"}
+LAYOUTS = (
+    "round_robin_gradients",
+    "mics_shard_size",
+    "zero_hpz_partition_size",
+)  # pieces are not in the order of ranks
 
 
 class Zero:
@@ -40,20 +52,22 @@ class Zero:
         """Model and optimizer are ready to train.
 
         Raises:
-            UserError: DeepSpeed is absent or refuses a setting, or the optimizer is not AdamW, whose arithmetic is the
-                same on the flat pieces that ZeRO makes of all parameters.
+            UserError: DeepSpeed is absent or refuses a setting, a killed process has left a lock on its kernels, or the
+                optimizer does not compute the same on the flat pieces that ZeRO makes of all parameters.
         """
         deepspeed = _deepspeed(self.cfg.backend, self.world.device)
+        check_locks()
         start_group(self.world)
         self.owners = deal(model, self.world.size)
         waits = any(parameter.is_meta for parameter in model.parameters())
         materialize(model)
         optimizer = optimizer_fn(model)
-        if not isinstance(optimizer, torch.optim.AdamW):
-            raise UserError(
-                f'optim.name is "adafactor", which {self.cfg.backend} cannot shard; use "adamw", or '
-                "distributed.backend=ddp"
-            )
+        self.factors = settle(model, optimizer, self.world)
+        check_flat(optimizer, self.cfg.backend)
+        self.trained = trained_names(model)
+        # DeepSpeed knows nothing of frozen parameters; each has one rank that keeps it in fp32.
+        frozen = [(n, p) for n, p in model.named_parameters() if n not in self.trained]
+        self.frozen = {n: p.detach().to("cpu", copy=True) for n, p in frozen if self.owners[n] == self.world.rank}
         # DeepSpeed rounds the model to bf16 and makes its fp32 master weights of that.
         exact = {n: p.detach().clone() for n, p in model.named_parameters()} if self.bf16 and not waits else {}
         try:
@@ -72,6 +86,7 @@ class Zero:
     @contextmanager
     def microbatch(self, last: bool) -> Iterator[None]:
         """Within it a forward and a backward run; stages 2 and 3 reduce each micro-batch's gradients, 1 their sum."""
+        check_trained(self.module, self.trained)
         self.engine.set_gradient_accumulation_boundary(last)
         yield
 
@@ -79,42 +94,73 @@ class Zero:
         """Gradients add up; DeepSpeed averages over ranks, and the loss is a share of a sum, hence the factor."""
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields nothing.
+
+        Raises:
+            UserError: Always: DeepSpeed keeps gradients in flat buffers, by no parameter's name.
+        """
+        raise UserError(
+            f"{self.cfg.backend} keeps no gradients by parameter; distributed.backend=ddp has them, fsdp in shards"
+        )
+
     def step(self, learning_rate: float, max_norm: float) -> float:
         """Clips, updates and forgets the gradients; returns their norm before clipping."""
         self.engine.optimizer.clip_grad = max_norm
-        set_learning_rate(self.engine.optimizer.param_groups, learning_rate)
+        set_learning_rate(self.engine.optimizer.param_groups, self.factors, learning_rate)
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
+
+    def exchange(self, key: str) -> None:
+        """Weights and that part of the optimizer's state change places."""
+        exchange_state(self._flat(), self.engine.optimizer.optimizer.state, key)
+        self._publish()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields name and whole value of each parameter, in the precision of a forward."""
+        for name, parameter in self.module.named_parameters():
+            with _gathered(parameter):
+                yield name, parameter.detach()
 
     def save(self) -> Share:
         """Returns this rank's share; tensors are put together one at a time."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         self._link_state()
-        share = Share({}, {})
-        flat = self._flat()[0]
-        state = self.engine.optimizer.optimizer.state[flat]
-        for name, parameter in self.module.named_parameters():
-            mine = self.owners[name] == self.world.rank
-            weight = safe_get_full_fp32_param(parameter)  # every rank takes part, for it gives its piece
-            if mine:
-                share.weights[name] = weight.to("cpu", copy=True)
-            for key, value in state.items():
-                if value.shape == flat.shape:
-                    value = safe_get_full_optimizer_state(parameter, key)
+        share = Share(dict(self.frozen), {})
+        for parameters, flat in zip(self._groups(), self._flat(), strict=True):
+            state = self.engine.optimizer.optimizer.state[flat]
+            for name, parameter in parameters.items():
+                mine = self.owners[name] == self.world.rank
+                weight = safe_get_full_fp32_param(parameter)  # every rank takes part, for it gives its piece
                 if mine:
-                    share.optimizer[f"{name}/{key}"] = value.to("cpu", copy=True)
+                    share.weights[name] = weight.to("cpu", copy=True)
+                for key, value in state.items():
+                    value = torch.as_tensor(value)
+                    if value.shape == flat.shape:
+                        value = safe_get_full_optimizer_state(parameter, key)
+                    if mine:
+                        share.optimizer[f"{name}/{key}"] = value.to("cpu", copy=True)
         return share
 
-    def load(self, weights: Tensors, optimizer: Tensors) -> None:
+    def load(self, weights: Tensors, optimizer: Tensors) -> list[str]:
         """Weights and optimizer state are these; one whole tensor at a time is in memory."""
-        if optimizer:
-            self._make_state(optimizer)
-        for name, parameter in self.module.named_parameters():
+        absent = check_stored(self.module, self.trained, weights, optimizer)
+        for parameters, flat in zip(self._groups(), self._flat(), strict=True):
+            state = self.engine.optimizer.optimizer.state[flat]
             for key, stored in optimizer.items():
-                if key.startswith(f"{name}/") and stored.get_shape():
-                    self._set(parameter, stored[...], key.removeprefix(f"{name}/"))
+                name, _, part = key.partition("/")
+                if name in parameters and not stored.get_shape():
+                    state[part] = stored[...].to(flat.device, copy=True)
+                elif name in parameters and part not in state:
+                    state[part] = torch.zeros_like(flat)
+        self._link_state()
+        for key, stored in optimizer.items():
+            name, _, part = key.partition("/")
+            if stored.get_shape():
+                self._set(self.module.get_parameter(name), stored[...], part)
         self._set_weights(weights)
+        return absent
 
     def _flat(self) -> list[Tensor]:
         """Returns this rank's pieces of the fp32 weights, which the optimizer steps."""
@@ -122,20 +168,12 @@ class Zero:
         names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
         return next(getattr(zero, name) for name in names if hasattr(zero, name))  # stage 3; 1 and 2; 1 in bf16
 
-    def _make_state(self, optimizer: Tensors) -> None:
-        """The optimizer has the state it makes at its first step, to be filled; the count of steps is there."""
-        first = next(iter(optimizer)).partition("/")[0]
-        parts = {
-            key.removeprefix(f"{first}/"): stored for key, stored in optimizer.items() if key.startswith(f"{first}/")
-        }
-        for flat in self._flat():
-            state = self.engine.optimizer.optimizer.state[flat]
-            for key, stored in parts.items():
-                if not stored.get_shape():
-                    state[key] = stored[...].to(flat.device, copy=True)
-                elif key not in state:
-                    state[key] = torch.zeros_like(flat)
-        self._link_state()
+    def _groups(self) -> list[dict[str, Any]]:
+        """Returns the parameters, by name, of which each piece of `_flat` has its part."""
+        zero = self.engine.optimizer
+        groups = next(getattr(zero, n) for n in ("fp16_groups", "bit16_groups", "bf16_groups") if hasattr(zero, n))
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        return [{names[parameter]: parameter for parameter in group} for group in groups]
 
     def _link_state(self) -> None:
         """Optimizer state can be asked for by parameter, also that of the second group of parameters.
@@ -148,9 +186,20 @@ class Zero:
 
     @torch.no_grad()
     def _set_weights(self, weights: Mapping[str, Any]) -> None:
+        for name, stored in weights.items():
+            parameter: Any = self.module.get_parameter(name)
+            if name in self.trained:
+                self._set(parameter, stored[...], None)
+                continue
+            if name in self.frozen:
+                self.frozen[name] = stored[...].to("cpu", torch.float32, copy=True)
+            with _gathered(parameter, changed=True):
+                parameter.copy_(stored[...])
+        self._publish()
+
+    def _publish(self) -> None:
+        """What a forward uses is what the optimizer steps."""
         zero = self.engine.optimizer
-        for name, parameter in self.module.named_parameters():
-            self._set(parameter, weights[name][...], None)
         if self.stage < 3:
             zero.update_lp_params()
         else:
@@ -173,6 +222,18 @@ class Zero:
         found = value.flatten()[self.world.rank * len(piece) :][: len(piece)]
         piece[: len(found)] = found
         put(parameter, piece, *named)
+
+
+@contextmanager
+def _gathered(parameter: Any, changed: bool = False) -> Iterator[None]:
+    """Within it the parameter is whole on every rank; one that rank 0 has changed is that on all afterwards."""
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if changed else None):
+        yield
 
 
 def make_settings(world_size: int, bf16: bool, cfg: DistributedConfig) -> dict[str, Any]:
@@ -218,6 +279,13 @@ def merge_settings(ours: dict[str, Any], file: str) -> dict[str, Any]:
     for key, where in ELSEWHERE.items():
         if key in theirs:
             raise UserError(f"{file}: {key} is {json.dumps(theirs[key])}, but {where} of the run decides that")
+    zero = theirs.get("zero_optimization")
+    for key in LAYOUTS:
+        if isinstance(zero, dict) and zero.get(key):
+            raise UserError(
+                f"{file}: zero_optimization.{key} is {json.dumps(zero[key])}, which lays out the weights in an order "
+                "that a checkpoint cannot be read from; remove it"
+            )
     return _merged(ours, theirs, file, "")
 
 

@@ -25,7 +25,9 @@ class OptimConfig:
 
 
 def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
-    """Returns an optimizer over every parameter once; the loop sets the learning rate before each step.
+    """Returns an optimizer over every parameter that is not frozen; the loop sets the rate before each step.
+
+    A group's own `lr` is a factor of that rate: 1.0 here. A copy of this function with more groups gives each its own.
 
     Matrices decay; norms' weights, biases and T5's tables of position biases do not. AdamW is torch's fused kernel.
     Adafactor is torch's, with the published T5 recipe's parameter scaling: a step is the rate times the parameter's
@@ -41,12 +43,14 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for key, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         exempt = parameter.ndim < 2 or "relative_bias" in key
         (plain if exempt else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     if cfg.name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
-    return torch.optim.Adafactor(groups, lr=0.0, beta2_decay=-0.8, eps=(None, 1e-3), d=1.0)
+        return torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98), fused=True)
+    return torch.optim.Adafactor(groups, lr=1.0, beta2_decay=-0.8, eps=(None, 1e-3), d=1.0)
 
 
 def state_bytes(cfg: OptimConfig, weights: int) -> int:

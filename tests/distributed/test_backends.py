@@ -278,17 +278,6 @@ def test_what_a_backend_cannot_do_is_named(config, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("backend", ["fsdp", "zero1"])
-def test_adafactor_is_refused_where_it_would_be_cut_up(backend):
-    model = tiny("t5")
-    backend = make_backend(DistributedConfig(backend), ALONE, False)
-    try:
-        with pytest.raises(UserError, match=r'optim\.name is "adafactor", which \w+ cannot shard; use "adamw", or'):
-            backend.setup(model, partial(make_optimizer, cfg=OptimConfig(name="adafactor")))
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.mark.parametrize(
     ("theirs", "message"),
     [
@@ -296,6 +285,11 @@ def test_adafactor_is_refused_where_it_would_be_cut_up(backend):
         ({"bf16": {"enabled": True}}, "bf16.enabled is true, but the run's configuration makes it false"),
         ({"optimizer": {"type": "Adam"}}, 'optimizer is {"type": "Adam"}, but [optim] of the run decides that'),
         ({"gradient_clipping": 1.0}, "gradient_clipping is 1.0, but optim.max_grad_norm of the run decides that"),
+        (
+            {"zero_optimization": {"round_robin_gradients": True}},
+            "round_robin_gradients is true, which lays out",
+        ),
+        ({"zero_optimization": {"mics_shard_size": 2}}, "zero_optimization.mics_shard_size is 2, which lays out the"),
         ([], "expected an object, found list"),
     ],
 )

@@ -60,6 +60,11 @@ def plan_epoch(lengths: Lengths, budget: int, seed: int, epoch: int) -> list[lis
     return batches
 
 
+def plan_validation(lengths: Lengths, budget: int) -> list[list[int]]:
+    """Returns micro-batches of at most `budget` tokens, padding included, that go through all once, largest first."""
+    return sorted(plan_epoch(lengths, budget, seed=0, epoch=0), key=lambda batch: -padded(lengths, [batch]))
+
+
 def deal_epoch(sizes: Sequence[int], examples: int, seed: int, epoch: int) -> list[list[int]]:
     """Returns the epoch's batches of so many examples each, one perhaps of fewer, those of like sizes together.
 

@@ -23,6 +23,7 @@ from babl.text.tokenizer import TOKENIZER_FILES
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"  # of every family
 SHARD_BYTES = 5 << 30  # of a weight file: what the hub stores and fetches well
+EXTRA = "extra*.safetensors"  # parameters that the family does not have, by their names here
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # What a folder may hold of the model that was saved into it before.
 REPLACED = ("model*.safetensors", INDEX, "pytorch_model*.bin", "pytorch_model.bin.index.json", "generation_config.json")
@@ -164,19 +165,24 @@ def from_pretrained(
 
 
 @contextmanager
-def stored_weights(config: Any, folder: Path) -> Iterator[dict[str, Any]]:
+def stored_weights(config: Any, folder: Path, extra: bool = False) -> Iterator[dict[str, Any]]:
     """Yields each parameter of a model by its name here, in the folder's files: only what is indexed is read.
 
     Args:
         config: The model's.
         folder: As for `from_pretrained`.
+        extra: Whether also those that a loop has added to the model, which a checkpoint has in files of their own.
 
     Raises:
         UserError: As `from_pretrained`.
     """
     model = blank_model(config)
-    with _tensors(folder, config.model_type) as found:
-        yield {name: stored.part() for name, stored in _checked(model, folder, found).items()}
+    with _tensors(folder, config.model_type) as found, ExitStack() as stack:
+        weights = {name: stored.part() for name, stored in _checked(model, folder, found).items()}
+        for path in folder.glob(EXTRA) if extra else ():
+            file = stack.enter_context(_open(path))
+            weights |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        yield weights
 
 
 @contextmanager
@@ -319,14 +325,24 @@ def shard_name(number: int, total: int) -> str:
     return SINGLE if total == 1 else f"model-{number + 1:05d}-of-{total:05d}.safetensors"
 
 
-def save_shard(config: Any, tensors: dict[str, Tensor], path: Path) -> None:
-    """The file holds these parameters of a model, named as transformers names them."""
+def save_shard(config: Any, tensors: dict[str, Tensor], path: Path) -> list[Path]:
+    """The file holds these parameters of a model, named as transformers names them; returns the files written.
+
+    What the family does not have, such as a head that a loop has added, is in a file beside it that no model folder
+    has: `extra` instead of `model`.
+    """
     family = FAMILIES[config.model_type]
     keys = family.hf_keys(config)
-    state = {keys[name]: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    state = {keys[name]: tensor.cpu().contiguous() for name, tensor in tensors.items() if name in keys}
     if config.tie_word_embeddings and not config.to_hf()["tie_word_embeddings"] and family.embedding[0] in state:
         state[HEAD] = state[family.embedding[0]].clone()  # for transformers 4, which takes the two for untied
     save_file(state, path, metadata={"format": "pt"})
+    extra = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if name not in keys}
+    if not extra:
+        return [path]
+    beside = path.with_name(path.name.replace("model", "extra", 1))
+    save_file(extra, beside, metadata={"format": "pt"})
+    return [path, beside]
 
 
 def save_config(config: Any, dtype: torch.dtype, folder: Path) -> None:

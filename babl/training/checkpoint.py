@@ -137,10 +137,10 @@ class Checkpoints:
             _begin(target)
 
         def files() -> dict[str, dict[str, Any]]:
-            mine = [aside / shard_name(self.world.rank, ranks), aside / optimizer_name(self.world.rank, ranks)]
-            save_shard(config, share.weights, mine[0])
-            save_file(share.optimizer, mine[1])
-            return _entries(aside, mine)
+            optimizer = aside / optimizer_name(self.world.rank, ranks)
+            mine = save_shard(config, share.weights, aside / shard_name(self.world.rank, ranks))
+            save_file(share.optimizer, optimizer)
+            return _entries(aside, [*mine, optimizer])
 
         def finish(entries: list[dict[str, dict[str, Any]]]) -> None:
             shards = _files(aside)
@@ -210,7 +210,7 @@ class Checkpoints:
                 _tell(f"warning: {old} cannot be deleted ({error.strerror}); the next save tries again")
 
 
-def load_checkpoint(folder: Path, config: Any, load: Callable[[Tensors, Tensors], Any]) -> None:
+def load_checkpoint(folder: Path, config: Any, load: Callable[[Tensors, Tensors], list[str]]) -> None:
     """`load` is given weights and optimizer state.
 
     Args:
@@ -221,9 +221,13 @@ def load_checkpoint(folder: Path, config: Any, load: Callable[[Tensors, Tensors]
     Raises:
         UserError: The weights are not those of this model.
     """
-    with stored_weights(config, folder) as weights, ExitStack() as stack:
+    with stored_weights(config, folder, extra=True) as weights, ExitStack() as stack:
         files = [stack.enter_context(safe_open(path, framework="pt")) for path in folder.glob("optimizer*.safetensors")]
-        load(weights, {key: file.get_slice(key) for file in files for key in file.keys()})  # noqa: SIM118 (not a dict)
+        absent = load(weights, {key: file.get_slice(key) for file in files for key in file.keys()})  # noqa: SIM118 (not a dict)
+    if absent:
+        raise UserError(
+            f"run.resume: {absent[0]} is not in {folder}; begin a run of another run.name from it with model.path"
+        )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -30,7 +30,10 @@ def raise_nonfinite(step: int, me: World, model: nn.Module, batches: list[Batch]
         raise PeerFailure
     what = f"{module} is not finite" if module else "a gradient is not finite, though every output is"
     ids = ", ".join(name for batch in batches for name in batch.ids[:8])
-    raise FloatingPointError(f"step {step}, rank {me.rank}: {what}; examples {ids}")
+    raise FloatingPointError(
+        f"step {step}, rank {me.rank}: {what}; examples {ids}; nothing was updated: begin again, or "
+        "from a checkpoint (model.path), with a lower optim.lr or optim.max_grad_norm, or a longer optim.warmup_steps"
+    )
 
 
 @torch.no_grad()

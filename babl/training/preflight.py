@@ -6,34 +6,54 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from babl.data.collate import Batch
 from babl.distributed.base import Backend
 from babl.distributed.env import World
 from babl.errors import UserError
+from babl.models.weights import stored_weights
 from babl.training.checkpoint import Checkpoints
 from babl.training.loss import token_loss
+from babl.training.memory import memory_advice
 from babl.training.metrics import peak_memory
 from babl.training.optimizer import OptimConfig, state_bytes
 
 MIB = 2**20
 
 
-def try_batch(backend: Backend, batch: Batch, say: Callable[[str], None]) -> None:
-    """Forward and backward of the batch fit into memory, and nothing has changed.
+def try_batch(backend: Backend, longest: Batch, validated: Batch, say: Callable[[str], None]) -> None:
+    """The longest micro-batches of training and of validation fit into memory, and nothing has changed.
 
     The loss is made no number: by their own contract, backends update nothing then, and forget the gradients.
+
+    Args:
+        backend: Ready to train.
+        longest: Forward and backward run on it.
+        validated: A forward runs on it, as in a validation.
+        say: Prints.
+
+    Raises:
+        UserError: There is not enough memory.
     """
-    for last in (False, True):
-        with backend.microbatch(last):
-            backend.backward(token_loss(backend.model, batch) * math.nan)
-    backend.step(0.0, 1.0)
-    shape = " x ".join(map(str, batch.inputs["input_ids"].shape))
+    shape = " x ".join(map(str, longest.inputs["input_ids"].shape))
+    with memory_advice(f"the longest micro-batch ({shape} tokens)"):
+        for last in (False, True):
+            with backend.microbatch(last):
+                backend.backward(token_loss(backend.model, longest) * math.nan)
+        backend.step(0.0, 1.0)
+    backend.model.eval()
+    with memory_advice("validation's longest micro-batch"), torch.no_grad(), backend.microbatch(last=True):
+        token_loss(backend.model, validated)
+    backend.model.train()
     say(f"preflight: the longest batch ({shape}) fits; {peak_memory() / MIB:,.0f} MiB, less the optimizer's state")
 
 
 def try_checkpoint(
     folder: Path,
     me: World,
+    backend: Backend,
+    config: Any,
     save: Callable[[Checkpoints], None],
     load: Callable[[Path], Any],
     optim: OptimConfig,
@@ -45,6 +65,8 @@ def try_checkpoint(
     Args:
         folder: Of the run; what is tried there is gone afterwards.
         me: This process; every one of them calls.
+        backend: Whose weights are written.
+        config: The model's.
         save: Writes one among the checkpoints it is given.
         load: Reads one back.
         optim: Of the run, whose state the first checkpoint does not have yet.
@@ -62,6 +84,7 @@ def try_checkpoint(
         save(tried)
         written, _ = tried.newest_whole()
         assert written
+        check_written(written, me, backend, config)
         load(written)
         me.barrier()
         if me.is_main:
@@ -76,3 +99,23 @@ def try_checkpoint(
         if me.is_main:
             shutil.rmtree(aside, ignore_errors=True)
     me.barrier()
+
+
+def check_written(checkpoint: Path, me: World, backend: Backend, config: Any) -> None:
+    """Each weight in a checkpoint is the one that a forward uses, in its precision, bit by bit; all ranks call.
+
+    Raises:
+        UserError: One is not.
+    """
+    wrong: list[str] = []
+    with stored_weights(config, checkpoint, extra=True) as stored:
+        for name, value in backend.weights():
+            if me.is_main and not torch.equal(stored[name][...].to(value.device, value.dtype), value):
+                wrong.append(name)
+    (wrong,) = me.gather(wrong)[:1]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} tensors of a checkpoint are not those of the model, first {wrong[0]}: a setting of "
+            "distributed.deepspeed lays weights out in an order that is not known here, or the model was changed after "
+            "backend.setup"
+        )

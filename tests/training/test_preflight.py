@@ -1,11 +1,22 @@
 import os
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
+import torch
 
+from babl.config import load_config
+from babl.distributed.ddp import DDP
+from babl.errors import UserError
+from babl.scripts import train
+from babl.training import preflight
 from babl.training.checkpoint import newest_whole
+from babl.training.loss import token_loss
 from babl.training.optimizer import OptimConfig, state_bytes
+
+ROOT = Path(__file__).parent.parent.parent
+TINY = "model.shape={d_model=16, d_kv=8, d_ff=32, num_heads=2, num_layers=1, num_decoder_layers=1, dropout_rate=0.2}"
 
 
 @pytest.mark.parametrize("backend", ["ddp", "fsdp", pytest.param("zero2", marks=pytest.mark.slow)])
@@ -65,3 +76,47 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_the_checkpoint_before_is_whol
     assert re.search(r"step_000008: cannot be written \(.*No space left on device", told[0])
     checkpoints = small_disk / "run" / "checkpoints"
     assert newest_whole(checkpoints) == (checkpoints / "step_000004", [])
+
+
+def in_process(folder, *overrides):
+    """Runs the loop here, so that a test can put something in its way."""
+    settings = [TINY, "model.tokenizer_size=400", "batch.tokens=1500", f"run.dir={folder}", "train.steps=1", *overrides]
+    return train.train(load_config(train.TrainConfig, ROOT / "configs" / "debug_cpu.toml", settings))
+
+
+def test_a_backend_that_writes_other_weights_than_it_computes_with_is_found(tmp_path, monkeypatch):
+    save = DDP.save
+
+    def scrambled(self):
+        share = save(self)
+        share.weights["decoder.final_norm.weight"].mul_(1 + 2**-20)
+        return share
+
+    monkeypatch.setattr(DDP, "save", scrambled)
+    with pytest.raises(
+        UserError, match=r"1 tensors of a checkpoint are not those of the model, first decoder\.final_norm"
+    ):
+        in_process(tmp_path)
+    assert not list(tmp_path.rglob("step_*"))
+
+
+def test_too_little_memory_is_found_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "token_loss", lambda *_: torch.empty(2**60))
+    with pytest.raises(UserError, match=r"out of memory in the longest micro-batch \(\d+ x \d+ tokens\).*accumulation"):
+        in_process(tmp_path)
+
+
+@pytest.mark.parametrize("size", ["batch.tokens=1500", "batch.examples=12"])
+def test_validation_takes_no_more_at_a_time_than_training(tmp_path, monkeypatch, size):
+    seen = {True: [], False: []}
+
+    def watched(model, batch, *rest):
+        seen[model.training].append((batch.padded, torch.is_autocast_enabled("cpu")))
+        return token_loss(model, batch, *rest)
+
+    monkeypatch.setattr(train, "token_loss", watched)
+    monkeypatch.setattr(preflight, "token_loss", watched)  # which tries the longest of training and of validation first
+    in_process(tmp_path, size, "batch.accumulation=4", "train.precision=bf16")
+    assert seen[True][0] == max(seen[True]) and len(seen[False]) > 4
+    assert max(seen[False]) <= seen[True][0] and max(seen[False]) == seen[False][0]
+    assert {autocast for kind in seen.values() for _, autocast in kind} == {True}

@@ -80,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--stride", type=int, metavar="N", help="tokens neighbouring windows share (default a quarter)")
     sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     _add_reading(sub, "strict", "faulty", "impossible", "articles")
+    sub.add_argument(
+        "--overlong",
+        choices=("drop", "error"),
+        default="drop",
+        help="a question too long to be asked counts as answered with nothing (default), or is an error",
+    )
     _add_device(sub)
     sub.add_argument("--json", action="store_true")
 
@@ -290,7 +296,13 @@ def evaluate(args: argparse.Namespace) -> None:
     longest = longest_prompt(engine, args.max_new_tokens) if longest is None else longest
     stride = longest // 4 if args.stride is None else args.stride
     asking = Asking(longest, stride, args.max_new_tokens, no_answer=examples[0].version == "2.0")
-    result = run(engine, examples, args.context, asking, args.context_seed, Path(args.model), args.out)
+    result = run(engine, examples, args.context, asking, args.context_seed, Path(args.model), args.out, args.overlong)
+    if too_long := result.metrics["overlong"]:
+        print(
+            f"{too_long:,} of {len(result.predictions):,} questions leave no room for their context in {longest} "
+            "tokens: they count as answered with nothing (--overlong error refuses them)",
+            file=sys.stderr,
+        )
     if args.out:
         result.save(args.out)
     _show(result.metrics, args.json)
@@ -351,7 +363,7 @@ def query(args: argparse.Namespace) -> None:
     import math
 
     from babl.data.contexts import View
-    from babl.evaluation.predictions import Asking, predict
+    from babl.evaluation.predictions import Asking, predict, refuse_overlong
     from babl.evaluation.runner import longest_prompt
     from babl.generation import Engine
 
@@ -364,7 +376,9 @@ def query(args: argparse.Namespace) -> None:
     engine = Engine.load(args.model, args.device, args.dtype)
     longest = longest_prompt(engine, args.max_new_tokens)
     asking = Asking(longest, longest // 4, args.max_new_tokens)
-    (answer,) = predict(engine, [View("query", args.question, context)], asking, progress=False)
+    views = [View("query", args.question, context)]
+    refuse_overlong(engine, views, asking)
+    (answer,) = predict(engine, views, asking, progress=False)
     if args.json:
         found = {"answer": answer.prediction, "probability": math.exp(answer.log_prob), "complete": answer.complete}
         print(json.dumps(found | {"windows": answer.windows}, ensure_ascii=False))

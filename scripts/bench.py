@@ -219,7 +219,7 @@ def lookup(model: str, data: str, limit: int | None, together: int) -> list[dict
     configs = [GenerationConfig(32, prompt_lookup_num_tokens=number) for number in (0, LOOKUP_TOKENS)]
     longest = longest_prompt(engine, 32)
     views, _ = see(load_squad(data)[:limit], "gold")
-    prompts = make_prompts(views, engine.tokenizer, longest, longest // 4, engine.style)
+    prompts, _ = make_prompts(views, engine.tokenizer, longest, longest // 4, engine.style)
     same, tokens, steps, seconds = 0, 0, [0, 0], [0.0, 0.0]
     for at in range(0, len(prompts), together):
         answers = []

@@ -5,19 +5,23 @@ that does not hold the answer is no example (or, in a set with unanswerable ques
 lost on the way is counted.
 """
 
-import re
+import itertools
+import unicodedata
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from babl.data.contexts import View
-from babl.errors import UserError
 from babl.text import Tokenizer
 from babl.text.prompts import Style, continuation_ids, prompt_ids, qa_prompt, qa_target
+from babl.text.segment import line_breaks
 
 IGNORE = -100  # a label that is no target
+LONG_WORD = 16  # tokens; what has no line break for longer (a URL, a row of spaces) may be cut at any of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,83 +72,149 @@ class Losses:
         windowed: Examples whose context was read through windows.
         excluded_windows: Windows without the answer, left out of training.
         lost_answers: Examples whose answer no window holds, which are not trained on.
+        overlong: Question id -> why it does not fit, of those that are left out for it.
     """
 
     windowed: int = 0
     excluded_windows: int = 0
     lost_answers: int = 0
+    overlong: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        line = (
+            f"{self.windowed:,} read through windows, {self.excluded_windows:,} windows without the answer left out, "
+            f"{self.lost_answers:,} answers in no window, {len(self.overlong):,} questions too long"
+        )
+        return f"{line}, first: {next(iter(self.overlong.values()))}" if self.overlong else line
 
 
 def make_prompts(
     views: Sequence[View], tokenizer: Tokenizer, max_tokens: int, stride: int, style: Style = "t5"
-) -> list[Prompt]:
-    """Returns one prompt per view, or several windows where its context is too long.
+) -> tuple[list[Prompt], dict[str, str]]:
+    """Returns one prompt per view, or several windows where its context is too long; and who is too long for that.
 
     Args:
         views: Questions and the contexts shown.
         tokenizer: Counts the tokens.
         max_tokens: Longest prompt in tokens, BOS and EOS included.
-        stride: Tokens that neighbouring windows share.
+        stride: Tokens of the context that neighbouring windows share, at least; a word or so more.
         style: Wording of the prompt.
 
-    Raises:
-        UserError: A question leaves no room for its context.
+    Returns:
+        Prompts in the order of the views, and question id -> reason, for each question that leaves no room for its
+        context (less than twice the stride) or is too long by itself; these have no prompt.
     """
     texts = [qa_prompt(view.question, view.context, style) for view in views]
-    prompts = []
-    for i, (text, ids) in enumerate(zip(texts, prompt_ids(texts, tokenizer, style), strict=True)):
-        context = views[i].context
-        if context is None:
-            prompts.append(Prompt(i, text, (0, 0)))
-        elif len(ids) <= max_tokens:
-            prompts.append(Prompt(i, text, (0, len(context))))
+    long = [i for i, ids in enumerate(prompt_ids(texts, tokenizer, style)) if len(ids) > max_tokens]
+    bare = [qa_prompt(views[i].question, None if views[i].context is None else "", style) for i in long]
+    asked = dict(zip(long, map(len, prompt_ids(bare, tokenizer, style)), strict=True))
+    rooms = {i: max_tokens - asked[i] for i in long if views[i].context is not None}
+    rooms = {i: room for i, room in rooms.items() if room >= max(2 * stride, 1)}
+    windows = _windows(views, rooms, tokenizer, max_tokens, stride, style)
+    prompts, overlong = [], {}
+    for i, (view, text) in enumerate(zip(views, texts, strict=True)):
+        if i in windows:
+            assert view.context is not None
+            for start, end in windows[i]:
+                prompts.append(Prompt(i, qa_prompt(view.question, view.context[start:end], style), (start, end)))
+        elif i not in asked:
+            prompts.append(Prompt(i, text, (0, len(view.context or ""))))
         else:
-            (bare,) = prompt_ids([qa_prompt(views[i].question, "", style)], tokenizer, style)
-            room = max_tokens - len(bare)
-            if room < 2 * stride or room < 1:
-                raise UserError(
-                    f"max_source_tokens is {max_tokens}, but question {views[i].id} leaves {room} tokens for its "
-                    f"context, expected at least twice the stride of {stride}"
-                )
-            for start, end in _windows(context, tokenizer, room, stride):
-                prompts.append(Prompt(i, qa_prompt(views[i].question, context[start:end], style), (start, end)))
-    return prompts
+            overlong[view.id] = f"max_source_tokens is {max_tokens}, but question {view.id} takes {asked[i]} tokens"
+            if view.context is not None:
+                overlong[view.id] += f", which leaves less than twice the stride of {stride} for its context"
+    return prompts, overlong
 
 
-def _windows(context: str, tokenizer: Tokenizer, room: int, stride: int) -> list[tuple[int, int]]:
-    """Returns code point spans of whole words, each at most `room` tokens, sharing `stride` tokens or a little more."""
-    words = [match.span() for match in re.finditer(r"\S+\s*", context)]
-    counts = [len(ids) for ids in tokenizer.encode_batch([context[start:end] for start, end in words])]
+def _windows(
+    views: Sequence[View], rooms: dict[int, int], tokenizer: Tokenizer, max_tokens: int, stride: int, style: Style
+) -> dict[int, list[tuple[int, int]]]:
+    """Returns the windows of the views in `rooms`, whose values are the tokens that a window of the context may take.
+
+    They are laid out on the tokens of the whole context. Alone, a piece may take one or two more or fewer, where a
+    token goes across its ends: every prompt and all that neighbours share is counted as it stands alone, and a view
+    where one is too long, or shares too little, is laid out again. A view without windows has no room for any.
+    """
+    contexts = {i: views[i].context or "" for i in rooms}
+    different = list(dict.fromkeys(contexts.values()))
+    starts = dict(zip(different, tokenizer.token_starts(different), strict=True))
+    longest = min([LONG_WORD, *(max(room // 4, 1) for room in rooms.values())])
+    breaks = {context: _breaks(context, starts[context], longest) for context in different}
+    sharing = dict.fromkeys(rooms, stride)
+    found: dict[int, list[tuple[int, int]]] = {}
+    while rooms:
+        laid = {i: _lay_out(breaks[contexts[i]], starts[contexts[i]], room, sharing[i]) for i, room in rooms.items()}
+        alone = [qa_prompt(views[i].question, contexts[i][start:end], style) for i in laid for start, end in laid[i]]
+        shared = [contexts[i][b:c] for i in laid for (_, c), (b, _) in itertools.pairwise(laid[i])]
+        tokens, common = iter(prompt_ids(alone, tokenizer, style)), iter(tokenizer.encode_batch(shared))
+        again = {}
+        for i, spans in laid.items():
+            excess = max(len(next(tokens)) for _ in spans) - max_tokens
+            missing = stride - min((len(next(common)) for _ in spans[1:]), default=stride)
+            if excess > 0 or 0 < missing <= stride + LONG_WORD - sharing[i]:
+                again[i] = rooms[i] - max(excess, 0)
+                sharing[i] += max(missing, 0)
+            else:
+                found[i] = spans
+        rooms = {i: room for i, room in again.items() if room > 0}
+    return found
+
+
+def _breaks(context: str, starts: Sequence[int], longest: int) -> list[int]:
+    """Returns where a window may begin or end: at line breaks, and at any token of what has none for so many tokens."""
+    points = line_breaks(context)
+    inside = []
+    for start, end in itertools.pairwise(points):
+        first, last = bisect_left(starts, start), bisect_left(starts, end)
+        if last - first > longest:
+            inside += [at for at in starts[first:last] if not unicodedata.combining(context[at])]
+    return sorted({*points, *inside})
+
+
+def _lay_out(breaks: Sequence[int], starts: Sequence[int], room: int, stride: int) -> list[tuple[int, int]]:
+    """Returns code point spans between breaks, each of at most `room` tokens where breaks allow it, sharing `stride`.
+
+    Args:
+        breaks: Code points, from 0 to the end of the context.
+        starts: Code point at which each token of the context begins.
+        room: Most tokens of a window.
+        stride: Least tokens that neighbours share.
+    """
+    before = [bisect_left(starts, at) for at in breaks]  # tokens
     spans, first = [], 0
     while True:
-        last, tokens = first, 0
-        while last < len(words) and (last == first or tokens + counts[last] <= room):
-            tokens += counts[last]
-            last += 1
-        spans.append((words[first][0], words[last - 1][1]))
-        if last == len(words):
+        last = max(bisect_right(before, before[first] + room) - 1, first + 1)
+        spans.append((breaks[first], breaks[last]))
+        if last == len(breaks) - 1:
             return spans
-        back, shared = last, 0
-        while back > first + 1 and shared < stride:
-            back -= 1
-            shared += counts[back]
-        first = back
+        first = max(bisect_right(before, before[last] - stride) - 1, first + 1)
 
 
 def make_features(
-    views: Sequence[View], tokenizer: Tokenizer, max_tokens: int, stride: int, style: Style = "t5"
+    views: Sequence[View],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    stride: int,
+    style: Style = "t5",
+    context_length: int | None = None,
 ) -> tuple[list[Feature], Losses]:
-    """Returns what the model is trained on, and the count of what it is not; arguments as for `make_prompts`.
+    """Returns what the model is trained on, and the count of what it is not.
 
     The target is the view's, or the words for "no answer". Where the context is not to hold the answer, as in the
-    arm `random`, its first window is the example.
+    arm `random`, its first window is the example. An example too long for the model with its answer is left out.
+
+    Args:
+        views: As for `make_prompts`.
+        tokenizer: Likewise.
+        max_tokens: Likewise.
+        stride: Likewise.
+        style: Likewise.
+        context_length: Most tokens the model has positions for; None where there is no bound.
     """
-    prompts = make_prompts(views, tokenizer, max_tokens, stride, style)
+    prompts, overlong = make_prompts(views, tokenizer, max_tokens, stride, style)
     with_unanswerable = any(not view.golds for view in views)
-    windows = [0] * len(views)
-    for prompt in prompts:
-        windows[prompt.view] += 1
-    losses = Losses(windowed=sum(number > 1 for number in windows))
+    windows = Counter(prompt.view for prompt in prompts)
+    losses = Losses(windowed=sum(number > 1 for number in windows.values()), overlong=overlong)
     answered = set()
     kept: list[tuple[Prompt, str | None]] = []
     for prompt in prompts:
@@ -158,7 +228,7 @@ def make_features(
         if answer is not None or not view.golds:
             answered.add(prompt.view)
         kept.append((prompt, answer))
-    losses.lost_answers = len(views) - len(answered)
+    losses.lost_answers = len(windows) - len(answered)
     sources = prompt_ids([prompt.text for prompt, _ in kept], tokenizer, style)
     targets = continuation_ids([qa_target(answer, style) for _, answer in kept], tokenizer, style)
     feature = Feature if style == "t5" else CausalFeature
@@ -166,7 +236,33 @@ def make_features(
         feature(views[prompt.view].id, source, target)
         for (prompt, _), source, target in zip(kept, sources, targets, strict=True)
     ]
-    return features, losses
+    if context_length is None:
+        return features, losses
+    for long in (feature for feature in features if max(feature.lengths) > context_length):
+        losses.overlong[long.id] = (
+            f"the model's context is {context_length}, but question {long.id} takes {max(long.lengths)} tokens with "
+            "its answer"
+        )
+    return [feature for feature in features if max(feature.lengths) <= context_length], losses
+
+
+def longest_prompt(
+    views: Sequence[View], tokenizer: Tokenizer, max_tokens: int, style: Style, context_length: int | None
+) -> int:
+    """Returns the most tokens of a prompt that leave a decoder room for the longest answer, up to a quarter of its own.
+
+    Args:
+        views: Whose answers the model is to write.
+        tokenizer: Counts the tokens.
+        max_tokens: Longest prompt that is asked for.
+        style: Wording of the answer.
+        context_length: Most tokens the model has positions for; None where there is no bound.
+    """
+    if context_length is None:
+        return max_tokens
+    answers = {qa_target(view.target, style) for view in views}
+    longest = max(map(len, continuation_ids(sorted(answers), tokenizer, style)), default=0)
+    return min(max_tokens, context_length - min(longest, context_length // 4))
 
 
 def _shows(prompt: Prompt, view: View) -> bool:
@@ -175,20 +271,6 @@ def _shows(prompt: Prompt, view: View) -> bool:
     if view.at is None:
         return start == 0
     return start <= view.at and view.at + len(view.target or "") <= end
-
-
-def check_context(features: Sequence[Feature], context_length: int | None) -> None:
-    """Every example fits the model's context, where that has a bound.
-
-    Raises:
-        UserError: One does not.
-    """
-    longest = max(features, key=lambda feature: feature.lengths[0], default=None)
-    if longest is not None and context_length is not None and longest.lengths[0] > context_length:
-        raise UserError(
-            f"data.max_source_tokens: example {longest.id} has {longest.lengths[0]} tokens with its answer, but the "
-            f"model's context is {context_length}"
-        )
 
 
 @dataclass

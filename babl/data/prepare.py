@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from babl.data.collate import Feature, check_context, make_features
+from babl.data.collate import Feature, longest_prompt, make_features
 from babl.data.contexts import View
 from babl.data.sets import DataConfig, load_views
 from babl.data.squad import Example
 from babl.errors import UserError
 from babl.text import Tokenizer
 from babl.text.prompts import Style
+from babl.text.segment import words
 
 Window = tuple[Tokenizer, int, int, Style]  # what `make_features` and `make_prompts` cut contexts with
 
@@ -42,22 +43,36 @@ def prepare_data(
     """Returns the examples of a run.
 
     Args:
-        cfg: The arm.
+        cfg: The arm, and whether a question that is too long is left out.
         sets: Questions to train and to validate on.
         window: The tokenizer, how long a prompt may be, how much neighbours share, and the wording.
         context_length: Of the model, in tokens; None where it has no bound.
-        say: Told how many there are.
+        say: Told how many there are, and what is left out.
 
     Raises:
-        UserError: The arm can be built for no question, an example is longer than the model can read, or there is none
-            to validate on.
+        UserError: Nothing is left to train or to validate on, or a question is too long and `data.overlong` says
+            "error".
     """
-    train_views, validation_views = (load_views(cfg, examples) for examples in sets)
-    features, losses = make_features(train_views, *window)
-    validation, _ = make_features(validation_views, *window)
-    if not validation:
-        raise UserError("data.validation has no example to validate on: no window of its contexts keeps an answer")
-    check_context([*features, *validation], context_length)
-    say(f"{len(sets[0]):,} questions, {len(train_views):,} shown, {len(features):,} examples; {losses}")
-    words = {e.id: len(e.context.split()) for e in sets[0]}
-    return Prepared(features, [words[f.id] for f in features], validation, validation_views, window)
+    names = ("train", "validation")
+    views = {name: load_views(cfg, examples) for name, examples in zip(names, sets, strict=True)}
+    tokenizer, most, stride, style = window
+    limit = longest_prompt([*views["train"], *views["validation"]], tokenizer, most, style, context_length)
+    if limit < most:
+        say(f"prompts have at most {limit} tokens, not {most}: the answer needs room in a context of {context_length}")
+    window = tokenizer, limit, stride, style
+    features = {}
+    for name, examples in zip(names, sets, strict=True):
+        features[name], losses = make_features(views[name], *window, context_length)
+        counts = f"{len(examples):,} questions, {len(views[name]):,} shown, {len(features[name]):,} examples; {losses}"
+        if losses.overlong and cfg.overlong == "error":
+            raise UserError(
+                f"data.{name}: {len(losses.overlong):,} of {len(views[name]):,} questions are too long, and "
+                f'data.overlong is "error"; first: {next(iter(losses.overlong.values()))}'
+            )
+        if not features[name]:
+            raise UserError(f"data.{name} leaves no example: {counts}")
+        say(f"{name}: {counts}")
+    sizes = {context: len(words(context)) for context in {e.context for e in sets[0]}}
+    shown = {e.id: sizes[e.context] for e in sets[0]}
+    sources = [shown[feature.id] for feature in features["train"]]
+    return Prepared(features["train"], sources, features["validation"], views["validation"], window)

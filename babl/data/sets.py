@@ -30,6 +30,7 @@ class DataConfig:
         impossible: Whether answers beside `is_impossible: true` are an error, or read as no answer and counted.
         articles: What makes an article, whose questions stay on one side: its title, or, where all have the same one,
             the context.
+        overlong: Whether a question that is too long to be read is left out and counted, or an error.
     """
 
     train: str = FICTIONAL
@@ -42,6 +43,7 @@ class DataConfig:
     faulty: Literal["refuse", "leave-out"] = "refuse"
     impossible: Literal["refuse", "unanswerable"] = "refuse"
     articles: Literal["title", "context"] = "title"
+    overlong: Literal["drop", "error"] = "drop"
 
     @property
     def reading(self) -> Reading:

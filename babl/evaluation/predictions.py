@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from babl.data.collate import make_prompts
+from babl.data.collate import Prompt, make_prompts
 from babl.data.contexts import View
 from babl.errors import UserError
 from babl.generation import Engine, GenerationConfig
@@ -30,10 +30,10 @@ class Prediction:
     Attributes:
         id: Of the question.
         prediction: The answer after `clean_answer`.
-        log_prob: Natural logarithm of its probability.
+        log_prob: Natural logarithm of its probability; 0 where the question was too long to be asked.
         tokens: Written, the end included.
         complete: Whether it ended by itself.
-        windows: Prompts the context was read through.
+        windows: Prompts the context was read through; 0 where the question was too long, and so has an empty answer.
         no_answer: Probability of writing that there is no answer, where it was asked for.
     """
 
@@ -63,8 +63,23 @@ class Asking:
     no_answer: bool = False
 
 
+def refuse_overlong(engine: Engine, views: Sequence[View], asking: Asking) -> None:
+    """Every question can be asked.
+
+    Raises:
+        UserError: One is too long; the first is named.
+    """
+    _, overlong = _prompts(engine, views, asking)
+    if overlong:
+        first = next(iter(overlong.values()))
+        raise UserError(f"{len(overlong):,} of {len(views):,} questions are too long to be asked, first: {first}")
+
+
 def predict(engine: Engine, views: Sequence[View], asking: Asking, progress: bool = True) -> list[Prediction]:
-    """Returns an answer to each view; where a context takes several windows, the likeliest answer of them."""
+    """Returns an answer to each view; where a context takes several windows, the likeliest answer of them.
+
+    A question too long to be asked has an empty answer, so that it counts.
+    """
     with tqdm(total=len(views), desc="questions", unit="q", disable=not progress) as bar:
         predictions = []
         for at in range(0, len(views), CHUNK):
@@ -177,8 +192,12 @@ def code_hash(rooms: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
+def _prompts(engine: Engine, views: Sequence[View], asking: Asking) -> tuple[list[Prompt], dict[str, str]]:
+    return make_prompts(views, engine.tokenizer, asking.max_source_tokens, asking.stride, engine.style)
+
+
 def _chunk(engine: Engine, views: Sequence[View], asking: Asking) -> list[Prediction]:
-    prompts = make_prompts(views, engine.tokenizer, asking.max_source_tokens, asking.stride, engine.style)
+    prompts, _ = _prompts(engine, views, asking)
     # An answer is a line: what a model goes on to write would cost time, and count in the answer's probability.
     config = GenerationConfig(asking.max_new_tokens, stop_strings=("\n",), prompt_lookup_num_tokens=LOOKUP_TOKENS)
     answers = engine.answer([prompt.text for prompt in prompts], config)
@@ -187,16 +206,22 @@ def _chunk(engine: Engine, views: Sequence[View], asking: Asking) -> list[Predic
     for i, prompt in enumerate(prompts):
         if prompt.view not in best or answers[i].log_prob > answers[best[prompt.view]].log_prob:
             best[prompt.view] = i
-    chosen = [best[view] for view in range(len(views))]
-    unanswerable: list[float | None] = [None] * len(views)
+    unanswerable: dict[int, float] = {}
     if asking.no_answer:
-        texts = [prompts[i].text for i in chosen]
+        texts = [prompts[i].text for i in best.values()]
         scores = engine.score(texts, [qa_target(None, engine.style)] * len(texts))
-        unanswerable = [math.exp(sum(tokens)) for tokens in scores]
-    return [
-        Prediction(views[k].id, clean_answer(a.text), a.log_prob, len(a.ids), a.complete, windows[k], unanswerable[k])
-        for k, a in enumerate(answers[i] for i in chosen)
-    ]
+        unanswerable = {view: math.exp(sum(tokens)) for view, tokens in zip(best, scores, strict=True)}
+    predictions = []
+    for k, view in enumerate(views):
+        if k not in best:
+            predictions.append(Prediction(view.id, "", 0.0, 0, True, 0, 1.0 if asking.no_answer else None))
+            continue
+        a = answers[best[k]]
+        clean = clean_answer(a.text)
+        predictions.append(
+            Prediction(view.id, clean, a.log_prob, len(a.ids), a.complete, windows[k], unanswerable.get(k))
+        )
+    return predictions
 
 
 def _append(file: Any, rows: Any) -> None:

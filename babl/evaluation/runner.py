@@ -4,14 +4,22 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from babl.data.contexts import TestArm, View, see
 from babl.data.squad import Answer, Example, to_squad
 from babl.errors import UserError
-from babl.evaluation.predictions import Asking, Prediction, answer_key, key_of, predict, predict_into
+from babl.evaluation.predictions import (
+    Asking,
+    Prediction,
+    answer_key,
+    key_of,
+    predict,
+    predict_into,
+    refuse_overlong,
+)
 from babl.evaluation.squad import question_scores, score
 from babl.evaluation.statistics import cluster_bootstrap
 from babl.generation import Engine
@@ -53,6 +61,7 @@ def evaluate(
     context_seed: int = 0,
     model: Path | None = None,
     out: Path | None = None,
+    overlong: Literal["drop", "error"] = "drop",
 ) -> Evaluation:
     """Returns the answers of a model and their scores, with a 95 % interval clustered by article.
 
@@ -64,15 +73,19 @@ def evaluate(
         context_seed: Of the arm's draws.
         model: The engine's folder.
         out: A folder that keeps each answer as it comes, so that a killed evaluation goes on; with `model` alone.
+        overlong: Whether a question that is too long to be asked counts as answered with nothing, or is an error.
 
     Raises:
-        UserError: The arm cannot be built for any question, or the folder has answers of another evaluation.
+        UserError: The arm cannot be built for any question, one is too long and that is an error, or the folder has
+            answers of another evaluation.
     """
     views, missing = see(examples, arm, context_seed)
     if not views:
         raise UserError(
             f"--context {arm} can be built for none of {len(examples)} questions: {missing[examples[0].id]}"
         )
+    if overlong == "error":
+        refuse_overlong(engine, views, asking)
     if model and out:
         key, path = answer_key(engine, model, views, asking), out / f"predictions-{arm}.jsonl"
         _check_own(out, path, key)
@@ -113,7 +126,7 @@ def asked(examples: Sequence[Example], views: Sequence[View]) -> dict[str, Any]:
 
 
 def summarize(data: dict[str, Any], predictions: list[Prediction]) -> dict[str, Any]:
-    """Returns the official metrics in percent, an interval, and what was windowed, empty or cut off.
+    """Returns the official metrics in percent, an interval, and what was windowed, too long, empty or cut off.
 
     With probabilities that there is no answer, best_* and the average precisions are among them.
     """
@@ -125,6 +138,7 @@ def summarize(data: dict[str, Any], predictions: list[Prediction]) -> dict[str, 
         "exact_interval": cluster_bootstrap(exact, titles),
         "articles": len(set(titles)),
         "windowed": sum(p.windows > 1 for p in predictions),
+        "overlong": sum(p.windows == 0 for p in predictions),
         "empty": sum(not p.prediction for p in predictions),
         "cut_off": sum(not p.complete for p in predictions),
     }

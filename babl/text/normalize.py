@@ -1,8 +1,11 @@
-"""Texts compared as the official SQuAD scripts compare them; scores, arms and overlap all use this one rule."""
+"""Forms in which texts are compared: answers as the official SQuAD scripts do, whole texts, and words as spelled."""
 
 import re
 import string
+import unicodedata
 from functools import lru_cache
+
+from babl.text.segment import unspaced
 
 _DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -21,3 +24,35 @@ def without_surrogates(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+@lru_cache(maxsize=1 << 16)
+def same_form(text: str) -> str:
+    """Returns the form in which two titles, contexts or questions are the same text.
+
+    NFKC, case folded, an underscore for a space, whitespace collapsed: "Frédéric_Chopin" is "frédéric  chopin".
+    """
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().replace("_", " ").split())
+
+
+@lru_cache(maxsize=1 << 18)
+def spelled_words(text: str) -> str:
+    """Returns the words of a text as they are spelled, between single spaces, without punctuation and articles.
+
+    Where `normalize_answer` glues, this cuts: "Gandhi's" is "gandhi s", "24–10" "24 10", "five-year" "five year". In a
+    script without spaces each character counts as a word, so that a phrase is found wherever it stands.
+    """
+    return normalize_answer.__wrapped__(unicodedata.normalize("NFKC", text).casefold().translate(_SPELLED))
+
+
+class _Spelled(dict[int, str]):
+    """A table for `str.translate`: letters, digits and marks stay, all else is a space."""
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        kept = unicodedata.category(char)[0] in "LNM"
+        self[code] = " " if not kept else f" {char} " if unspaced(char) else char
+        return self[code]
+
+
+_SPELLED = _Spelled()

@@ -56,6 +56,8 @@ class _Backend(Protocol):
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
 
+    def token_starts(self, texts: Sequence[str]) -> list[list[int]]: ...
+
     def decode(self, ids: Sequence[int]) -> str: ...
 
     def token_to_id(self, token: str) -> int | None: ...
@@ -94,6 +96,10 @@ class _JsonBackend:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def token_starts(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [[start for start, _ in e.offsets] for e in encoded]
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
@@ -129,6 +135,10 @@ class _SentencePieceBackend:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return self._processor.encode(list(texts))
+
+    def token_starts(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self._processor.encode(list(texts), return_type="offset_mapping")
+        return [[start for start, _ in e["offsets"]] for e in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         # As tokenizer.json does it, down to byte runs that are not UTF-8 and to a second leading space: the
@@ -210,6 +220,10 @@ class Tokenizer:
                 row += [self._backend.sentinels[sentinel], *next(plain)]
             rows.append(row)
         return rows
+
+    def token_starts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the code point at which each token of a text begins, in order; T5's sentinels count as text here."""
+        return self._backend.token_starts(texts)
 
     def encode_continuation(self, text: str) -> list[int]:
         """Returns the ids of a text that follows other text: no space is put before it.

@@ -1,5 +1,5 @@
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -109,3 +109,25 @@ def test_a_file_of_something_else_is_named(tmp_path):
     path.write_text("{}\n{}\n")
     with pytest.raises(UserError, match=r"p\.jsonl: not the predictions that were written"):
         read_predictions(path)
+
+
+def test_a_question_too_long_to_be_asked_counts_as_answered_with_nothing(engine, examples):
+    long = replace(examples[0], id="long", question="who " * 200)
+    asking = replace(ASKING, no_answer=True)
+    found = evaluate(engine, [*examples, long], "gold", asking)
+    assert found.predictions["long"] == "" and found.metrics["overlong"] == 1
+    assert found.metrics["total"] == len(examples) + 1 == len(found.predictions), "the official number of questions"
+    alone = evaluate(engine, examples, "gold", asking)
+    assert {qid: text for qid, text in found.predictions.items() if qid != "long"} == alone.predictions
+    assert alone.metrics["overlong"] == 0
+    right = alone.metrics["exact"] * len(examples)
+    assert found.metrics["exact"] == pytest.approx(right / (len(examples) + 1)), "it is wrong, not left out"
+
+
+def test_a_question_too_long_to_be_asked_is_refused_before_any_is_asked_where_that_is_wished(engine, examples):
+    long = replace(examples[0], id="long", question="who " * 200)
+    with pytest.raises(UserError) as refused:
+        evaluate(engine, [*examples, long], "gold", ASKING, overlong="error")
+    message = str(refused.value)
+    assert message.startswith(f"1 of {len(examples) + 1} questions are too long to be asked, first: max_source_tokens")
+    assert "is 128, but question long takes" in message and "\n" not in message

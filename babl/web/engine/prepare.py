@@ -1,5 +1,6 @@
 """What a model reads of a request, and what of it does not fit."""
 
+import sys
 import tomllib
 from bisect import bisect_left
 from dataclasses import dataclass, replace
@@ -199,12 +200,12 @@ def _question(question: str, context: str | None, config: GenerationConfig, cut:
     room = prompt_limit(reader.context, min(config.max_new_tokens, ANSWER_ROOM))
     window = reader.window if room is None else min(reader.window, room)
     view = View("asked", question, context or None)
-    try:
-        prompts = make_prompts([view], reader.tokenizer, window, min(reader.stride, window // 4), reader.style)
-    except UserError:
+    most = sys.maxsize if view.context is None else window  # a question alone is no window, and checked by its reader
+    prompts, overlong = make_prompts([view], reader.tokenizer, most, min(reader.stride, window // 4), reader.style)
+    if overlong:
         raise UserError(
             f"the question leaves too little room for its context: this model reads {window} tokens at a time"
-        ) from None
+        )
     if len(prompts) > MOST_WINDOWS:
         raise UserError(f"the context takes {len(prompts)} windows of {window} tokens, expected at most {MOST_WINDOWS}")
     if config.greedy:  # answers stand in their contexts more often than not

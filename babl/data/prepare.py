@@ -71,7 +71,7 @@ def prepare_data(
             )
         if not features[name]:
             raise UserError(f"data.{name} leaves no example: {counts}")
-        say(f"{name}: {counts}")
+        say(f"data.{name}: {counts}")
     sizes = {context: len(words(context)) for context in {e.context for e in sets[0]}}
     shown = {e.id: sizes[e.context] for e in sets[0]}
     sources = [shown[feature.id] for feature in features["train"]]

@@ -31,7 +31,7 @@ def test_questions_too_long_are_left_out_of_both_sets_and_told(tokenizer):
     long = example("long", question=FILLING * 2)
     found, said = prepare(tokenizer, [example("a"), long], [example("v"), long])
     assert [feature.id for feature in found.train] == ["a"] and [feature.id for feature in found.validation] == ["v"]
-    assert [line.split(":")[0] for line in said] == ["train", "validation"]
+    assert [line.split(":")[0] for line in said] == ["data.train", "data.validation"]
     for line in said:
         assert "2 questions, 2 shown, 1 examples" in line and "1 questions too long, first: " in line
         assert "max_source_tokens is 64, but question long takes" in line

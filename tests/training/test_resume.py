@@ -31,6 +31,11 @@ OTHER = {  # a value that is not the run's, for each key
     "data.max_source_tokens": 99,
     "data.stride": 9,
     "data.context_seed": 1,
+    "data.overlong": "error",
+    "data.strict": True,
+    "data.faulty": "leave-out",
+    "data.impossible": "unanswerable",
+    "data.articles": "context",
     "batch.tokens": 999,
     "batch.examples": 3,
     "batch.accumulation": 2,
@@ -54,6 +59,7 @@ OTHER = {  # a value that is not the run's, for each key
     "distributed.backend": "fsdp",
     "distributed.offload": "all",
     "distributed.deepspeed": "ds.json",
+    "distributed.timeout_seconds": 99,
 }
 
 
@@ -83,7 +89,7 @@ def ended(tmp_path_factory):
     """A folder with two data files, and a run of two steps on them."""
     folder = tmp_path_factory.mktemp("ended")
     write_questions(folder / "train.jsonl")
-    write_questions(folder / "validation.jsonl")
+    write_questions(folder / "validation.jsonl", " in town")
     assert main(command(folder)) == 0
     return folder
 

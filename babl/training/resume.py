@@ -38,7 +38,6 @@ MAY_CHANGE = {
     "distributed.offload",
     "distributed.deepspeed",
     "distributed.timeout_seconds",
-    "distributed.timeout_seconds",
     "train.activation_checkpointing",
     "train.preflight",
     # what is kept and shown of them

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from babl import kernels  # type: ignore[attr-defined]  # packaged from the folder beside this one
+from babl import kernels, rng  # type: ignore[attr-defined]  # kernels: packaged from the folder beside this one
 from babl.errors import UserError
 
 MODES = ("auto", "on", "off")
@@ -245,11 +245,11 @@ def attention(
     if isinstance(bias, Distances):
         from babl.kernels.attention import attention as kernel
 
-        key, p, site = None, 0.0, 0
+        key, threshold, site = None, 0, 0
         if drop is not None:
-            key, p, site = drop.key, drop.p, drop.site
-            key = torch.randint(2**62, q.shape[:1], device=q.device) if key is None else key
-        return kernel(q, k, v, bias.table, bias.mask, scale, bias.causal, key, p, site)
+            key, threshold, site = drop.key, rng.threshold(drop.p), drop.site
+            key = torch.randint(-(2**63), 2**63 - 1, q.shape[:1], device=q.device) if key is None else key
+        return kernel(q, k, v, bias.table, bias.mask, scale, bias.causal, key, threshold, site)
     # A bias that learns sends torch's fused kernels on a CPU to a path slower than the two products written out.
     explicit = drop is not None or (bias is not None and bias.requires_grad)
     if not explicit:
@@ -289,35 +289,24 @@ def linear_cross_entropy_sum(x: Tensor, weight: Tensor, labels: Tensor, label_sm
     return F.cross_entropy(wide, labels, reduction="sum", label_smoothing=label_smoothing)
 
 
-_GOLDEN = -7046029254386353131  # 2**64 / golden ratio, as int64: consecutive counters land far apart
-
-
-def _mix(x: Tensor) -> Tensor:
-    """Returns x with its 64 bits stirred; x may be overwritten. Ref: Steele et al. 2014 (splitmix64's finaliser)."""
-    x = x.bitwise_xor_(x >> 30).mul_(-4658895280553007687)
-    x = x.bitwise_xor_(x >> 27).mul_(-7723592293110705685)
-    return x.bitwise_xor_(x >> 31)
-
-
 def dropout(x: Tensor, p: float, key: Tensor, site: int) -> Tensor:
     """Returns x with a share p of its elements zeroed and the rest scaled up, decided by (key, site, position) alone.
 
-    A counter-based generator: an example keeps its mask in any batch, micro-batch, padding or rank. One 64-bit draw
-    decides four neighbours, 16 bits each, so p is rounded to a multiple of 2**-16.
+    An example keeps its mask in any batch, micro-batch, padding or rank. The share is p rounded to a multiple of 2**-16
+    (below 2**-17 nothing is dropped), and the scale is that of the rounded share, so the expected value stays x.
 
     Args:
-        x: (B, ..., N).
+        x: (B, ..., N), any float dtype; the scaling is rounded once to it.
         p: Share to zero, 0 <= p < 1.
-        key: (B,) int64, one per example and step.
+        key: (B,) int64, one per example and step; `rng.dropout_keys` makes them.
         site: Which dropout of the model this is.
+
+    Raises:
+        UserError: p is not a share below 1.
+
+    Ref: Srivastava et al. 2014, scaled in training; the bits are those of `babl.rng`.
     """
-    state = _mix(key + site)  # (B,)
-    lanes = -(-x.shape[-1] // 4)
-    for size in (*x.shape[1:-1], lanes):
-        state = _mix(state.unsqueeze(-1) + torch.arange(size, device=x.device) * _GOLDEN)  # one more axis
-    threshold = round(p * 65536)
-    keep = state.view(torch.int16)[..., : x.shape[-1]] >= threshold - 32768  # (B, ..., N)
-    return x * keep.to(x.dtype).mul_(65536 / (65536 - threshold))
+    return x * rng.kept(x.shape, p, key, site) * (65536 / (65536 - rng.threshold(p)))
 
 
 def dropped(x: Tensor, drop: Drop) -> Tensor:

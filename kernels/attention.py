@@ -14,7 +14,8 @@ one diagonal of tiles hold the same distances at the same places, so a program o
 a diagonal, for one head and every `splits`-th batch, and adds tile to tile in registers; torch then sums along the
 diagonals within the tile. No atomics: two runs agree to the last bit.
 
-Dropout is `babl.ops.dropout`'s, decided by (key, site, h, m, n) alone: each kernel draws the same mask anew.
+Dropout is `babl.ops.dropout`'s, decided by (key, site, h, m, n) alone: each kernel draws the same mask anew, by the
+formulas at the top of `babl/rng.py`.
 
 A query that sees no key gets 0 and gives no gradient.
 
@@ -35,34 +36,34 @@ TILE_BYTES = 8192  # of the keys of a tile: what keeps the backward's products i
 PROGRAMS = 1024  # of the table's gradient, about; where there are fewer diagonals, batches are split
 LOG2E = math.log2(math.e)
 _LOG2E = tl.constexpr(LOG2E)
-_GOLDEN = tl.constexpr(-7046029254386353131)  # 2**64 / golden ratio, as int64
+_GAMMA, _FIRST, _SECOND = (tl.constexpr(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 @triton.jit
-def _mix(x):
-    """Returns x with its 64 bits stirred. Ref: Steele et al. 2014 (splitmix64's finaliser)."""
-    x = (x ^ (x >> 30)) * -4658895280553007687
-    x = (x ^ (x >> 27)) * -7723592293110705685
+def _draw(state, index):
+    """Returns splitmix64's output of number `index`, from 0, when seeded with `state`; both uint64."""
+    x = state + (index + 1) * _GAMMA
+    x = (x ^ (x >> 30)) * _FIRST
+    x = (x ^ (x >> 27)) * _SECOND
     return x ^ (x >> 31)
 
 
 @triton.jit
 def _row_state(key, site, b, h, m):
-    """Returns the generator's state at each query m, (rows,) int64."""
-    state = _mix(tl.load(key + b) + site)
-    state = _mix(state + h.to(tl.int64) * _GOLDEN)
-    return _mix(state + m.to(tl.int64) * _GOLDEN)
+    """Returns the generator's state at each query m, (rows,) uint64."""
+    state = _draw(tl.load(key + b).to(tl.uint64, bitcast=True), tl.cast(site, tl.uint64))
+    return _draw(_draw(state, h.to(tl.uint64)), m.to(tl.uint64))
 
 
 @triton.jit
 def _kept(row_state, first, THRESHOLD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Returns whether each score of a tile is kept, (ROWS, COLS); first, a multiple of 4, is its first key."""
     lane = first // 4 + tl.arange(0, COLS // 4)
-    draw = _mix(row_state[:, None] + lane.to(tl.int64)[None, :] * _GOLDEN)  # four neighbours, 16 bits each
-    a = (draw.to(tl.int16) >= THRESHOLD - 32768).to(tl.int8)
-    b = ((draw >> 16).to(tl.int16) >= THRESHOLD - 32768).to(tl.int8)
-    c = ((draw >> 32).to(tl.int16) >= THRESHOLD - 32768).to(tl.int8)
-    d = ((draw >> 48).to(tl.int16) >= THRESHOLD - 32768).to(tl.int8)
+    bits = _draw(row_state[:, None], lane.to(tl.uint64)[None, :])  # four neighbours, 16 bits each
+    a = (bits.to(tl.int16) >= THRESHOLD - 32768).to(tl.int8)
+    b = ((bits >> 16).to(tl.int16) >= THRESHOLD - 32768).to(tl.int8)
+    c = ((bits >> 32).to(tl.int16) >= THRESHOLD - 32768).to(tl.int8)
+    d = ((bits >> 48).to(tl.int16) >= THRESHOLD - 32768).to(tl.int8)
     return tl.join(tl.join(a, c), tl.join(b, d)).reshape(ROWS, COLS) != 0
 
 
@@ -253,10 +254,6 @@ def _sum_diagonals(dtiles: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(summed, (0, 2 * length - 1 - summed.shape[-1]))
 
 
-def _threshold(key: Tensor | None, p: float) -> int:
-    return 0 if key is None else round(p * 65536)
-
-
 def _aligned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns q, k, v with the same strides, the last of them 1."""
     if q.stride(-1) == 1 and q.stride() == k.stride() == v.stride():
@@ -273,7 +270,8 @@ def _columns(q: Tensor) -> int:
     return max(16, triton.next_power_of_2(q.shape[-1]))
 
 
-def _settings(q: Tensor, table: Tensor, mask: Tensor | None, key: Tensor | None, scale: float, causal: bool, p: float):
+def _settings(q: Tensor, table: Tensor, mask: Tensor | None, key: Tensor | None, scale: float, causal: bool,
+              threshold: int):  # fmt: skip
     """Returns the launch's constants and what stands in for tensors that are not there."""
     constants = {
         "H": q.shape[1],
@@ -282,7 +280,7 @@ def _settings(q: Tensor, table: Tensor, mask: Tensor | None, key: Tensor | None,
         "LINEAR": table.ndim == 1,
         "MASKED": mask is not None,
         "CAUSAL": causal,
-        "THRESHOLD": _threshold(key, p),
+        "THRESHOLD": threshold,
         "BLOCK": _block(q),
         "COLS": _columns(q),
         "num_warps": 8,
@@ -295,12 +293,12 @@ def _settings(q: Tensor, table: Tensor, mask: Tensor | None, key: Tensor | None,
 @torch.library.custom_op("babl::attention", mutates_args=())
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, mask: Tensor | None, key: Tensor | None, scale: float, causal: bool,
-    p: float, site: int,
+    threshold: int, site: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns the result and its rows' log2-sum-exp2, (B, H, S) fp32."""
-    out, lse = _empty(q, k, v, table, mask, key, scale, causal, p, site)
+    out, lse = _empty(q, k, v, table, mask, key, scale, causal, threshold, site)
     q, k, v = _aligned(q, k, v)
-    constants, pointers = _settings(q, table, mask, key, scale, causal, p)
+    constants, pointers = _settings(q, table, mask, key, scale, causal, threshold)
     batch, heads, length, _ = q.shape
     grid = triton.cdiv(length, _block(q)), heads, batch
     if q.numel():
@@ -315,19 +313,19 @@ def _like_layers(x: Tensor) -> Tensor:
 
 
 @_attention.register_fake
-def _empty(q, k, v, table, mask, key, scale, causal, p, site):
+def _empty(q, k, v, table, mask, key, scale, causal, threshold, site):
     return _like_layers(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("babl::attention_backward", mutates_args=())
 def _attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, table: Tensor, mask: Tensor | None,
-    key: Tensor | None, scale: float, causal: bool, p: float, site: int, learns: bool,
+    key: Tensor | None, scale: float, causal: bool, threshold: int, site: int, learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns the gradients of q, k, v and, if it learns, of the table."""
     dq, dk, dv = (_like_layers(q) for _ in range(3))
     q, k, v = _aligned(q, k, v)
-    constants, pointers = _settings(q, table, mask, key, scale, causal, p)
+    constants, pointers = _settings(q, table, mask, key, scale, causal, threshold)
     batch, heads, length, _ = q.shape
     if not q.numel():
         return dq, dk, dv, torch.zeros_like(table)
@@ -350,7 +348,7 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(dout, q, k, v, out, lse, table, mask, key, scale, causal, p, site, learns):
+def _(dout, q, k, v, out, lse, table, mask, key, scale, causal, threshold, site, learns):
     return *(_like_layers(q) for _ in range(3)), torch.empty_like(table) if learns else table.new_empty(0)
 
 
@@ -377,7 +375,7 @@ def attention(
     scale: float,
     causal: bool,
     key: Tensor | None = None,
-    p: float = 0.0,
+    threshold: int = 0,
     site: int = 0,
 ) -> Tensor:
     """Returns softmax(scale · q kᵀ + bias) v, where the bias depends on a key's distance from the query.
@@ -392,10 +390,10 @@ def attention(
         scale: Of the products.
         causal: Whether a query sees no key behind itself.
         key: (B,) int64, of the dropout of probabilities; None where there is none.
-        p: Share to zero, rounded to a multiple of 2**-16.
+        threshold: How many of 65,536 draws drop a probability, as `babl.rng.threshold` has it; 0 where there is no key.
         site: Which dropout of the model this is.
 
     Returns:
         (B, H, S, D), in the dtype of q; 0 for a query that sees no key.
     """
-    return _attention(q, k, v, table.float(), mask, key, scale, causal, p, site)[0]
+    return _attention(q, k, v, table.float(), mask, key, scale, causal, threshold, site)[0]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from babl import ops
 from babl.errors import UserError
+from babl.rng import threshold
 
 Way = Callable[..., Tensor | tuple[Tensor, ...]]
 HEADS = 12  # of T5-base
@@ -243,7 +244,7 @@ def attention(
     yield Case("attention", length, width, (*qkv, distances), ways, work=work)
     # With dropout torch has one fused way left; its mask is another, of the same share.
     drop: dict[str, Way] = {
-        "kernel": lambda q, k, v, table: kernel(q, k, v, table, None, 1.0, False, key, DROPOUT, 1),
+        "kernel": lambda q, k, v, table: kernel(q, k, v, table, None, 1.0, False, key, threshold(DROPOUT), 1),
         "sdpa, written out": dropped,
     }
     yield Case("attention, dropout", length, width, (*qkv, distances), drop, work=work)

@@ -61,6 +61,38 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def splitmix64():
+    """A function: the output of number `index` of splitmix64 seeded with `state`, in plain integers.
+
+    Ref: Vigna's splitmix64.c.
+    """
+
+    def output(state, index):
+        z = (state + (index + 1) * 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return z ^ z >> 31
+
+    return output
+
+
+@pytest.fixture(scope="session")
+def mask_by_hand(splitmix64):
+    """A function: what one example's dropout keeps, 1 or 0, as nested lists of this shape; of 65,536, some drop."""
+
+    def mask(key, site, shape, dropping):
+        def under(state, shape):
+            if len(shape) > 1:
+                return [under(splitmix64(state, i), shape[1:]) for i in range(shape[0])]
+            bits = [splitmix64(state, n // 4) >> 16 * (n % 4) & 0xFFFF for n in range(shape[0])]
+            return [int((x ^ 0x8000) >= dropping) for x in bits]  # with the sign turned, two's complement is in order
+
+        return under(splitmix64(key % 2**64, site), shape)
+
+    return mask
+
+
+@pytest.fixture(scope="session")
 def run_distributed():
     """A function that calls `fn(world, *arguments)`, of a test file, in processes of their own, over gloo.
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from babl.config import NonNegativeInt, PositiveInt
 from babl.errors import UserError
+from babl.rng import dropout_keys as dropout_keys  # beside the indices they are made for
 
 POOL = 100  # batches' worth of examples sorted by length together: more pads less and mixes lengths less
-_STEP, _EXAMPLE, _WORD = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 2**64
 
 
 @dataclass
@@ -170,9 +170,3 @@ class Loader:
             )
         self.epoch, self.batch = state["epoch"], state["batch"]
         self.plan = self._plan()
-
-
-def dropout_keys(seed: int, step: int, indices: Sequence[int]) -> list[int]:
-    """Returns an int64 per example, a function of (seed, step, example)."""
-    keys = [(seed * _WORD // 3 + step * _STEP + (index + 1) * _EXAMPLE) % _WORD for index in indices]
-    return [key - _WORD if key >= _WORD // 2 else key for key in keys]

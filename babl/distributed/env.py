@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from babl.rng import step_seeds
+
 T = TypeVar("T")
 
 
@@ -53,10 +55,10 @@ class World:
 
     def seed(self, seed: int, step: int) -> None:
         """Python's, numpy's and torch's generators begin anew, alike on all ranks: nothing of them needs saving."""
-        value = (seed * 1_000_003 + step) % 2**32
-        random.seed(value)
-        np.random.seed(value)
-        torch.manual_seed(value)
+        python, numpy, of_torch = step_seeds(seed, step)
+        random.seed(python)
+        np.random.seed([numpy % 2**32, numpy >> 32])
+        torch.manual_seed(of_torch)  # a CPU's generator reads the lower 32 bits
 
     def barrier(self) -> None:
         """Nobody goes on before all have come."""

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from babl.data.loader import BatchConfig, Loader, dropout_keys, padded, plan_epoch
+from babl.data.loader import BatchConfig, Loader, padded, plan_epoch
 from babl.errors import UserError
 
 LENGTHS = [(20 + (i * 37) % 140, 2 + (i * i) % 5) for i in range(4000)]  # paragraphs
@@ -53,12 +53,6 @@ def test_it_goes_on_where_its_state_says():
         a.next_step()
     b.restore(a.state())
     assert [a.next_step() for _ in range(40)] == [b.next_step() for _ in range(40)]
-
-
-def test_dropout_keys_differ_by_seed_step_and_example():
-    keys = [key for seed in range(3) for step in range(50) for key in dropout_keys(seed, step, range(40))]
-    assert len(set(keys)) == len(keys)
-    assert all(-(2**63) <= key < 2**63 for key in keys)
 
 
 def test_an_example_beyond_the_budget_is_named():

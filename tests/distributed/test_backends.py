@@ -49,7 +49,8 @@ def micro_batch(model, indices, step):
     ids = lambda n: [*torch.randint(3, 40, (n,), generator=generator).tolist(), 1]  # noqa: E731
     feature = Feature if model.is_encoder_decoder else CausalFeature
     examples = [feature(f"e{i}", ids(5 + i), ids(1 + i % 4)) for i in range(8)]
-    rows, keys = [examples[i] for i in indices], dropout_keys(0, step, indices)
+    # Of this seed no gradient is so near 0 that Adam makes whole steps of its rounding; of two in eight, one is.
+    rows, keys = [examples[i] for i in indices], dropout_keys(4, step, indices)
     batch = collate(rows, 0, 0, keys) if model.is_encoder_decoder else collate_causal(rows, 0, keys)
     for row, index in enumerate(indices):
         if index in MUTE:

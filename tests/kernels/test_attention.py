@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from babl import ops
+from babl import ops, rng
 from babl.models.bloom import slopes
 
 
@@ -37,7 +37,7 @@ def kernel(*arguments):
     from babl.kernels.attention import attention
 
     *arguments, drop = arguments
-    return attention(*arguments, *((drop.key, drop.p, drop.site) if drop else ()))
+    return attention(*arguments, *((drop.key, rng.threshold(drop.p), drop.site) if drop else ()))
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
@@ -60,6 +60,22 @@ def test_dropout_drops_what_the_reference_drops(seed, causal, agree, device):
     drop = ops.Drop((0.1, 0.25, 0.5, 0.9, 1e-5)[seed], torch.randint(-(2**62), 2**62, (2,), device=device), 7 + seed)
     settings = hidden(2, 39, device), 1.0, causal, drop
     agree(lambda *a: kernel(*a, *settings), lambda *a: written_out(*a, *settings), *inputs(2, 2, 39, 8, device))
+
+
+@pytest.mark.parametrize(("p", "dropping"), [(0.01, 655), (0.1, 6554), (0.5, 32768), (0.9, 58982)])
+def test_dropout_drops_what_plain_integers_say(p, dropping, mask_by_hand, device):
+    keys, site, heads, length = [-3, 2**62 + 5], 11, 2, 39
+    expected = torch.tensor([mask_by_hand(key, site, (heads, length, length), dropping) for key in keys])
+    zero = torch.zeros(
+        2, heads, length, length, device=device
+    )  # all scores are alike, and the values are unit vectors:
+    values = torch.eye(length, device=device).expand_as(zero)  # what comes out is the dropped probabilities themselves
+    table = torch.zeros(heads, 2 * length - 1, device=device)
+    drop = ops.Drop(p, torch.tensor(keys, device=device), site)
+    probs = kernel(zero, zero, values, table, None, 1.0, False, drop)
+    assert torch.equal((probs != 0).long().cpu(), expected)
+    scale = 65536 / (65536 - dropping) / length
+    torch.testing.assert_close(probs.cpu(), expected * scale, rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("heads", [2, 3])
@@ -139,5 +155,5 @@ def test_it_is_one_node_of_a_compiled_graph(compiles, device):
     q, k, v, table = inputs(2, 2, 20, 16, device)
     key, mask = torch.tensor([3, 4], device=device), hidden(2, 20, device)
     compiles(lambda *a: kernel(*a, mask, 1.0, False, ops.Drop(0.2, key, 1)), q, k, v, table)
-    arguments = (q.requires_grad_(), k, v, table.requires_grad_(), mask, key, 1.0, False, 0.2, 1)
+    arguments = (q.requires_grad_(), k, v, table.requires_grad_(), mask, key, 1.0, False, rng.threshold(0.2), 1)
     torch.library.opcheck(_attention, arguments)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from babl import ops
+from babl import ops, rng
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,7 +63,7 @@ def test_attention(batch, heads, length, width, p, causal, dtype):
     mask[-1] = batch == 1  # of several texts, one is nothing but padding
     key = torch.arange(batch, device="cuda")
     reference = written_out(causal, mask, ops.Drop(p, key, 3))
-    fused = lambda q, k, v, t: attention(q, k, v, t, mask, 1.0, causal, key, p, 3)  # noqa: E731
+    fused = lambda q, k, v, t: attention(q, k, v, t, mask, 1.0, causal, key, rng.threshold(p), 3)  # noqa: E731
     assert_as_near_as(lambda *a: fused(*a, table), lambda *a: reference(*a, table), qkv)
     first, again = (gradients(fused, [*qkv, table]) for _ in range(2))
     assert all(map(torch.equal, first, again))

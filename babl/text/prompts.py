@@ -1,12 +1,12 @@
 """The wording of questions, contexts and answers: training, evaluation and chat all read it from here."""
 
 import json
-import re
 import time
 from collections.abc import Sequence
 from typing import Any, Literal, TypedDict
 
 import jinja2
+import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from babl.errors import UserError
@@ -86,35 +86,41 @@ def chat_ids(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
     """The ids that ask for the next answer in a conversation, by the tokenizer's own chat template.
 
     The template is code from a stranger and runs in jinja's sandbox. Its control tokens become control; the same
-    characters typed by a user stay text, which a mark inside them sees to until the ids are made.
+    characters typed by a user stay text.
 
     Raises:
         UserError: The template fails, or refuses the messages.
     """
-    control = re.compile("|".join(map(re.escape, sorted(tokenizer.control, key=len, reverse=True))))
+    if not any(tokenizer.spells_control(message["content"]) for message in messages):
+        return tokenizer.encode_chat(_render(messages, tokenizer))
     said = "".join(message["content"] for message in messages)
     mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in said)
-    spelled = {id: token for token, id in tokenizer.control.items()}
-    names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
-    guarded = [m | {"content": control.sub(lambda t: t[0][0] + mark + t[0][1:], m["content"])} for m in messages]
+    guarded = [Message(role=m["role"], content=tokenizer.guard(m["content"], mark)) for m in messages]
+    return tokenizer.encode_chat(_render(guarded, tokenizer), mark)
+
+
+def _render(messages: Sequence[Message], tokenizer: Tokenizer) -> str:
+    """The conversation as the template writes it; transformers gives templates the same names."""
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id, "unk": tokenizer.unk_id}
+    written = {f"{name}_token": None if id is None else tokenizer.written(id) for name, id in ids.items()}
+    names = {name: token for name, token in written.items() if token is not None}
     try:
-        text = (
-            _environment()
-            .from_string(tokenizer.chat_template)
-            .render(
-                messages=guarded,
-                add_generation_prompt=True,
-                **{name: spelled[id] for name, id in names.items() if id in spelled},
-            )
-        )
-    except jinja2.TemplateError as error:
-        raise UserError(f"the model's chat template failed: {error}") from None
-    ids, at = [], 0
-    for token in control.finditer(text):
-        ids += tokenizer.encode(text[at : token.start()].replace(mark, "")) if token.start() > at else []
-        ids.append(tokenizer.control[token[0]])
-        at = token.end()
-    return ids + (tokenizer.encode(text[at:].replace(mark, "")) if at < len(text) else [])
+        template = _environment().from_string(tokenizer.chat_template)
+        return template.render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **names)
+    except Exception as error:  # of code that a stranger wrote, anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"the model's chat template failed: {reason}") from None
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks what a model is to learn of a conversation; what stands in it is rendered."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja's name and type)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """Returns what stands in the block."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _environment() -> jinja2.Environment:
@@ -123,11 +129,13 @@ def _environment() -> jinja2.Environment:
     def refuse(reason: str) -> None:
         raise jinja2.TemplateError(reason)
 
-    def tojson(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}

@@ -12,14 +12,20 @@ of these that names it:
 **Text is never control.** `</s>` or `<pad>` typed by a user is encoded as the characters it is written
 with, as SentencePiece does and transformers does not; who needs a control token looks it up with
 `token_to_id`. T5's sentinels `<extra_id_n>` are words of its pre-training task rather than control, and are
-recognised. The text between them is encoded piece by piece with a space before each: "<extra_id_0>. Hello" is
-[32099, 3, 5, 8774], what transformers calls the legacy behaviour and what its T5Tokenizer 5.17 gives.
+recognised, as are words that were added beside a SentencePiece model (`added_tokens.json`). The text between them is
+encoded piece by piece with a space before each: "<extra_id_0>. Hello" is [32099, 3, 5, 8774], what transformers calls
+the legacy behaviour and what its T5Tokenizer 5.17 gives.
+
+What a chat template renders is another matter: there control tokens are control, and the text around them is encoded as
+transformers encodes it (`encode_chat`). An added token that the template or a configuration spells is control, whether
+it is flagged special or not.
 """
 
 import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,6 +47,7 @@ _NAMES = ("pad", "eos", "bos", "unk")
 _SPACE = "▁"  # how SentencePiece writes a space inside a piece
 _BYTE_SPACE = "Ġ"  # how byte-level BPE does
 _SENTINEL = re.compile(r"<extra_id_\d+>")
+_BRACKETED = re.compile(r"<\S+>|\[\S+\]")  # as control tokens are written, and words are not
 
 
 class _Backend(Protocol):
@@ -49,10 +56,16 @@ class _Backend(Protocol):
     vocab_size: int
     special: frozenset[int]  # ids that stand for no text
     control: dict[str, int]  # the written forms of those among them that are not T5's sentinels
-    sentinels: dict[str, int]
+    strips: dict[
+        str, tuple[bool | None, bool | None]
+    ]  # of control tokens: whether they take the spaces before them, and after
+    words: dict[str, int]  # recognised in any text: T5's sentinels, and words added beside a SentencePiece model
     own_ids: dict[str, int]  # pad, eos, bos, unk as far as the tokenizer file itself names them
     prefixes_space: bool  # a space is put before whatever is encoded
     begins_with: int | None  # the id that the tokenizer file itself puts before every text
+
+    @property
+    def spaces_after_control(self) -> bool: ...  # that space is also put before a text that follows a control token
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
 
@@ -66,20 +79,25 @@ class _Backend(Protocol):
 class _JsonBackend:
     """A `tokenizer.json`, without the truncation and padding that may be baked into it."""
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, spelled_in: str) -> None:
+        self._content = content
         spec = json.loads(content)
         model, added = spec["model"], spec["added_tokens"]
-        self.special = frozenset(token["id"] for token in added if token["special"])
+        # Chat models exist whose turns begin and end with tokens that nobody has flagged.
+        spelled = {token["id"] for token in added if _spells(spelled_in, token["content"])}
+        self.special = frozenset(token["id"] for token in added if token["special"]) | spelled
         self._added = {token["content"]: token["id"] for token in added}
-        self.sentinels = {token: id for token, id in self._added.items() if _SENTINEL.fullmatch(token)}
-        self.control = {t: id for t, id in self._added.items() if id in self.special and t not in self.sentinels}
+        self.words = {token: id for token, id in self._added.items() if _SENTINEL.fullmatch(token)}
+        self.control = {t: id for t, id in self._added.items() if id in self.special and t not in self.words}
+        self.strips = {token["content"]: (token["lstrip"], token["rstrip"]) for token in added}
         if model["type"] == "Unigram":
             # To a unigram model special tokens are pieces like any other, so text could spell them. A piece
             # with a space cannot be spelled: the pre-tokenizer has split at every space or replaced it.
             inside = [token for token in added if token["special"] and token["id"] < len(model["vocab"])]
             for token in inside:
                 model["vocab"][token["id"]][0] = f" {token['content']}"
-            spec["added_tokens"] = [token for token in added if token not in inside]
+            added = [token for token in added if token not in inside]
+        spec["added_tokens"] = [token for token in added if token["special"] or token["id"] not in spelled]
         unk = model.get("unk_id") if model["type"] == "Unigram" else self._added.get(model.get("unk_token"))
         self.own_ids = {} if unk is None else {"unk": unk}
 
@@ -92,6 +110,24 @@ class _JsonBackend:
         self.prefixes_space = first.startswith((_SPACE, _BYTE_SPACE))
         first_id = self._tokenizer.encode("a", add_special_tokens=True).ids[0]
         self.begins_with = first_id if first_id in self.special else None
+
+    @cached_property
+    def _published(self) -> tokenizers.Tokenizer:
+        """The tokenizer as it is in the file, to which control tokens in a text are control."""
+        published = tokenizers.Tokenizer.from_str(self._content.decode())
+        published.no_truncation()
+        published.no_padding()
+        return published
+
+    @cached_property
+    def spaces_after_control(self) -> bool:
+        token = next(iter(self.control), "")
+        after = self._published.encode(f"{token}a", add_special_tokens=False).tokens[-1]
+        return self.prefixes_space and after.startswith((_SPACE, _BYTE_SPACE))
+
+    def encode_with_control(self, text: str) -> list[int]:
+        """Returns the ids of a text whose control tokens are control."""
+        return self._published.encode(text, add_special_tokens=False).ids
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -108,30 +144,45 @@ class _JsonBackend:
 
 
 class _SentencePieceBackend:
-    """A SentencePiece model, with the tokens that transformers keeps beside it in `added_tokens_decoder`.
+    """A SentencePiece model, with the tokens that transformers keeps beside it.
 
-    T5's sentinels need no mention there: `extra_ids` of them follow the pieces, the last one first.
+    Those stand in `added_tokens_decoder` of tokenizer_config.json, and in older folders in added_tokens.json. T5's
+    sentinels need no mention: `extra_ids` of them follow the pieces, the last one first.
     """
 
-    def __init__(self, content: bytes, settings: dict[str, Any], extra_ids: int) -> None:
+    def __init__(self, content: bytes, settings: dict[str, Any], beside: dict[str, int], spelled_in: str) -> None:
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-        size = self._processor.get_piece_size()
-        self._added = {f"<extra_id_{n}>": size + extra_ids - 1 - n for n in range(extra_ids)}
-        for id, token in settings.get("added_tokens_decoder", {}).items():
-            if int(id) >= size:
-                if not token["special"]:
-                    raise ValueError(f"only tokenizer.json can add an ordinary token: '{token['content']}'")
-                self._added[token["content"]] = int(id)
-        self.sentinels = {token: id for token, id in self._added.items() if _SENTINEL.fullmatch(token)}
+        size, extra_ids = self._processor.get_piece_size(), settings["extra_ids"]
+        sentinels = {f"<extra_id_{n}>": size + extra_ids - 1 - n for n in range(extra_ids)}
+        flags = {int(id): token for id, token in settings.get("added_tokens_decoder", {}).items() if int(id) >= size}
+        described = {token["content"]: id for id, token in flags.items()}
+        self._added = sentinels | {token: id for token, id in beside.items() if id >= size} | described
+        self._check_added(size)
+        flagged = {token["content"] for token in flags.values() if token["special"]}
+        spelled = {token for token in self._added if token in flagged or _spells(spelled_in, token)}
+        self.words = {token: id for token, id in self._added.items() if token in sentinels or token not in spelled}
+        self.words |= {token: id for token, id in self._added.items() if _SENTINEL.fullmatch(token)}
         mute = [id for id in range(size) if self._processor.is_control(id) or self._processor.is_unknown(id)]
-        self.special = frozenset([*mute, *self._added.values()])
         written = {self._processor.id_to_piece(id): id for id in mute}
-        self.control = {t: id for t, id in (written | self._added).items() if t not in self.sentinels}
+        self.control = {t: id for t, id in (written | self._added).items() if t not in self.words}
+        silent = [id for token, id in self.words.items() if _SENTINEL.fullmatch(token)]
+        self.special = frozenset([*self.control.values(), *silent])
+        self.strips = {token["content"]: (token.get("lstrip"), token.get("rstrip")) for token in flags.values()}
         ids = {name: getattr(self._processor, f"{name}_id")() for name in _NAMES}
         self.own_ids = {name: id for name, id in ids.items() if id >= 0}
         self.vocab_size = 1 + max(size - 1, *self._added.values(), 0)
-        self.begins_with = None if extra_ids or self.sentinels else self.own_ids.get("bos")  # LLaMA's has one, T5's not
+        has_sentinels = any(_SENTINEL.fullmatch(token) for token in self.words)
+        self.begins_with = None if has_sentinels else self.own_ids.get("bos")  # LLaMA's has one, T5's not
         self.prefixes_space = self._processor.encode("a", out_type=str)[0].startswith(_SPACE)
+        self.spaces_after_control = self.prefixes_space and settings.get("legacy") is not False
+
+    def _check_added(self, size: int) -> None:
+        """Every added token has an id of its own, after the pieces."""
+        ids = sorted(self._added.values())
+        twice = next((id for id, other in itertools.pairwise(ids) if id == other), None)
+        if twice is not None:
+            tokens = [token for token, id in self._added.items() if id == twice]
+            raise ValueError(f"{' and '.join(map(repr, tokens))} are both added as {twice}")
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return self._processor.encode(list(texts))
@@ -143,10 +194,14 @@ class _SentencePieceBackend:
     def decode(self, ids: Sequence[int]) -> str:
         # As tokenizer.json does it, down to byte runs that are not UTF-8 and to a second leading space: the
         # library's own decoding differs in both.
+        written = {id: token for token, id in self._added.items()}
         parts = []
-        for is_byte, run in itertools.groupby(ids, self._processor.is_byte):
+        for kind, run in itertools.groupby(ids, lambda id: "added" if id in written else self._processor.is_byte(id)):
+            if kind == "added":
+                parts += [written[id] for id in run]
+                continue
             pieces = self._processor.id_to_piece(list(run))
-            parts.append(_byte_text(pieces) if is_byte else "".join(pieces).replace(_SPACE, " "))
+            parts.append(_byte_text(pieces) if kind else "".join(pieces).replace(_SPACE, " "))
         text = "".join(parts)
         return text.removeprefix(" ") if self.prefixes_space else text
 
@@ -188,7 +243,8 @@ class Tokenizer:
         self._backend = backend
         self._files = files  # held, so that a checkpoint is whole even when the folder has gone meanwhile
         self._special = backend.special.union(ids.values())
-        self._sentinels = re.compile(f"({'|'.join(backend.sentinels)})") if backend.sentinels else None
+        self._words = _any_of(backend.words)
+        self._control = _any_of(backend.control)
         self.vocab_size = backend.vocab_size
         self.control = backend.control
         self.eos_id = ids["eos"]
@@ -198,10 +254,7 @@ class Tokenizer:
         self.stop_ids = frozenset({self.eos_id, *stops})
         begins = settings.get("add_bos_token", backend.begins_with is not None)
         self.prefix_ids = [self.bos_id] if begins and self.bos_id is not None else []
-        template = files.get("chat_template.jinja", b"").decode() or settings.get("chat_template")
-        # Several templates may be listed by name; the one for plain conversations is called "default".
-        named = {t["name"]: t["template"] for t in template} if isinstance(template, list) else {"default": template}
-        self.chat_template = named.get("default") or ""
+        self.chat_template = _chat_template(files, settings)
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text that stands alone; no BOS or EOS, no truncation."""
@@ -209,15 +262,15 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns `encode` of each text, several times faster."""
-        if self._sentinels is None:
+        if self._words is None:
             return self._backend.encode(texts)
-        split = [self._sentinels.split(text) for text in texts]  # text, sentinel, text, ...
+        split = [self._words.split(text) for text in texts]  # text, word, text, ...
         plain = iter(self._backend.encode([part for parts in split for part in parts[::2]]))
         rows = []
         for parts in split:
             row = next(plain)
-            for sentinel in parts[1::2]:
-                row += [self._backend.sentinels[sentinel], *next(plain)]
+            for word in parts[1::2]:
+                row += [self._backend.words[word], *next(plain)]
             rows.append(row)
         return rows
 
@@ -237,6 +290,42 @@ class Tokenizer:
         anchor = self.encode("\n")  # takes the space; a byte to LLaMA, nothing to T5, part of no longer piece
         return self.encode(f"\n{text}")[len(anchor) :]
 
+    def spells_control(self, text: str) -> bool:
+        """Returns whether the text holds the written form of a control token."""
+        return self._control is not None and self._control.search(text) is not None
+
+    def guard(self, text: str, mark: str) -> str:
+        """Returns the text with a mark inside whatever is written like a control token."""
+        return (
+            text if self._control is None else self._control.sub(lambda found: found[0][0] + mark + found[0][1:], text)
+        )
+
+    def encode_chat(self, text: str, mark: str = "") -> list[int]:
+        """Returns the ids of what a chat template has rendered: the control tokens in it are control.
+
+        Args:
+            text: Rendered.
+            mark: What `guard` has put into the parts that a user has typed, which are text; empty where nothing was
+                guarded.
+        """
+        if isinstance(self._backend, _JsonBackend) and not mark:
+            return self._backend.encode_with_control(text)
+        parts = [text] if self._control is None else self._control.split(text)  # text, control token, text, ...
+        ids: list[int] = []
+        for place, part in enumerate(parts):
+            if place % 2:
+                ids.append(self._backend.control[part])
+                continue
+            if place and self._backend.strips.get(parts[place - 1], (False, False))[1]:
+                part = part.lstrip()
+            if place + 1 < len(parts) and self._backend.strips.get(parts[place + 1], (False, False))[0]:
+                part = part.rstrip()
+            plain = part.replace(mark, "") if mark else part
+            alone = place == 0 or self._backend.spaces_after_control
+            if plain:
+                ids += self.encode(plain) if alone else self.encode_continuation(plain)
+        return ids
+
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of the ids, special ids left out, spaces as the model wrote them.
 
@@ -248,6 +337,10 @@ class Tokenizer:
         if outside is not None:
             raise ValueError(f"token id {outside} is outside of the vocabulary of {self.vocab_size}")
         return self._backend.decode(spoken)
+
+    def written(self, id: int) -> str | None:
+        """Returns the written form of a control token by its id; None where it is none."""
+        return next((token for token, known in self.control.items() if known == id), None)
 
     def token_to_id(self, token: str) -> int | None:
         """Returns the id of a token by its written form, special or not; None where there is none."""
@@ -315,18 +408,50 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if name is None:
         raise UserError(f"{folder}: no tokenizer here (expected one of {', '.join(TOKENIZER_FILES)})")
     settings = _read_settings(folder / "tokenizer_config.json")
+    beside = _read_settings(folder / "added_tokens.json")
     try:
-        backend = _read_backend(name, files[name], settings)
+        backend = _read_backend(name, files[name], settings, beside, _spelled_control(folder, files, settings))
     except Exception as error:  # the libraries raise nothing narrower
         raise UserError(f"{folder / name}: not a tokenizer that can be read ({_first_line(error)})") from error
     return Tokenizer(backend, files, _special_ids(folder, backend), _stop_ids(folder), settings)
 
 
-def _read_backend(name: str, content: bytes, settings: dict[str, Any]) -> _Backend:
+def _read_backend(
+    name: str, content: bytes, settings: dict[str, Any], beside: dict[str, int], spelled_in: str
+) -> _Backend:
     if name == "tokenizer.json":
-        return _JsonBackend(content)
+        return _JsonBackend(content, spelled_in)
     # A folder that says nothing is one of the released T5's, which have a hundred.
-    return _SentencePieceBackend(content, settings, settings.get("extra_ids", 100 if name == "spiece.model" else 0))
+    extra_ids = settings.get("extra_ids", 100 if name == "spiece.model" else 0)
+    return _SentencePieceBackend(content, settings | {"extra_ids": extra_ids}, beside, spelled_in)
+
+
+def _chat_template(files: dict[str, bytes], settings: dict[str, Any]) -> str:
+    """Returns the template for plain conversations, which is called "default" where several are listed by name."""
+    template = files.get("chat_template.jinja", b"").decode() or settings.get("chat_template")
+    named = {t["name"]: t["template"] for t in template} if isinstance(template, list) else {"default": template}
+    return named.get("default") or ""
+
+
+def _spelled_control(folder: Path, files: dict[str, bytes], settings: dict[str, Any]) -> str:
+    """Returns a text that holds every control token which the folder's template and configurations spell."""
+    named = [found.get(f"{name}_token") for found in (settings, _special_map(folder)) for name in _NAMES]
+    written = [token["content"] if isinstance(token, dict) else token for token in named]
+    return "\n".join([_chat_template(files, settings), *filter(None, written)])
+
+
+def _special_map(folder: Path) -> dict[str, Any]:
+    return _read_settings(folder / "special_tokens_map.json")
+
+
+def _spells(text: str, token: str) -> bool:
+    return _BRACKETED.fullmatch(token) is not None and token in text
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
+    """Returns a pattern that finds the tokens, the longest first, and can split at them; None where there are none."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
 
 def _special_ids(folder: Path, backend: _Backend) -> dict[str, int]:

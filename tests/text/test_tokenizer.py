@@ -515,11 +515,23 @@ def test_a_special_token_outside_of_the_vocabulary_is_named(small, tmp_path):
         load_tokenizer(folder)
 
 
-def test_an_ordinary_added_token_beside_sentencepiece_is_refused(small, tmp_path):
-    config = {"added_tokens_decoder": {"9999": {"content": "Zürich", "special": False}}}
-    folder = folder_with(tmp_path, small, "spiece.model", tokenizer_config=config)
-    with pytest.raises(UserError, match=r"only tokenizer\.json can add an ordinary token: 'Zürich'"):
-        load_tokenizer(folder)
+@pytest.mark.parametrize("where", ["tokenizer_config", "added_tokens"])
+def test_a_word_added_beside_sentencepiece_is_recognised_in_a_text(small, tmp_path, where):
+    size = load_tokenizer(small).vocab_size
+    word = {"content": "<hl>", "special": False, "lstrip": False, "rstrip": False, "single_word": False}
+    files = {
+        "tokenizer_config": {"extra_ids": 0}
+        | ({"added_tokens_decoder": {str(size): word}} if "config" in where else {}),
+    }
+    if where == "added_tokens":
+        files["added_tokens"] = {"<hl>": size}
+    tokenizer = load_tokenizer(folder_with(tmp_path, small, "spiece.model", **files))
+    plain = load_tokenizer(small)
+    assert tokenizer.encode("the <hl>cat<hl> sat") == [
+        *plain.encode("the"), size, *plain.encode("cat"), size, *plain.encode("sat")
+    ]  # fmt: skip
+    assert tokenizer.vocab_size == size + 1
+    assert tokenizer.decode([size]) == "<hl>"
 
 
 def test_a_tokenizer_without_end_of_sequence_is_named(byte_level, tmp_path):

@@ -28,6 +28,13 @@ from babl.training.loss import token_loss
 from babl.training.optimizer import OptimConfig, make_optimizer
 from babl.training.recompute import Recompute, recompute_blocks
 
+_aten = torch.ops.aten
+ATTENTION = (
+    _aten._scaled_dot_product_flash_attention,
+    _aten._scaled_dot_product_efficient_attention,
+    _aten._scaled_dot_product_cudnn_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu,
+)
 SEED = 0
 WARM_UP = 3  # steps: the first compile kernels and make the optimizer's state
 SQUAD = 384, 16  # tokens of a prompt and of an answer, about SQuAD's longest
@@ -148,6 +155,17 @@ def _step(backend: Backend, batch: Batch) -> None:
 
 def _flops(backend: Backend, batch: Batch) -> int:
     """Returns the floating-point operations of a forward and, at twice as many, its backward."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, backend.microbatch(last=True):
+    # By default torch counts attention only where queries and keys have as many heads.
+    counting = dict.fromkeys(ATTENTION, _attention_flops)
+    with (
+        torch.no_grad(),
+        FlopCounterMode(display=False, custom_mapping=counting) as counter,
+        backend.microbatch(last=True),
+    ):
         token_loss(backend.model, batch)
     return 3 * counter.get_total_flops()
+
+
+def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+    """Returns those of q kᵀ and of the product with v, (B, H, T, D), (B, K, S, D) and (B, K, S, D)."""
+    return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])

@@ -7,6 +7,7 @@ import torch
 
 from babl.distributed.backend import DistributedConfig, make_backend
 from babl.distributed.env import world
+from babl.models.llama import Llama, LlamaConfig
 from babl.models.t5 import T5, T5Config
 from babl.scripts import bench, bench_gpu
 from babl.training.optimizer import OptimConfig, make_optimizer
@@ -31,6 +32,25 @@ def test_the_products_of_a_step_are_counted_as_one_counts_them_by_hand():
         backend.setup(model.train(), partial(make_optimizer, cfg=OptimConfig()))
         batch = bench_gpu._batch(bench_gpu.Work(config, examples), encoder_decoder=True)
         assert bench_gpu._flops(backend, batch) == by_hand
+
+
+def test_attention_whose_heads_share_keys_is_counted_as_without_sharing():
+    """Ainslie et al. 2023: grouped queries share what is stored, and save no product."""
+    sizes = {"vocab_size": 31_000, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
+    length, heads, width = 384 + 16 - 1, 4, 4
+    by_kv_heads = []
+    for shared in (1, 4):
+        config = LlamaConfig(**sizes, num_attention_heads=heads, num_key_value_heads=shared)
+        model = Llama(config)
+        model.init_weights(torch.Generator().manual_seed(0))
+        with world() as me:
+            backend = make_backend(DistributedConfig(), me, bf16=False)
+            backend.setup(model.train(), partial(make_optimizer, cfg=OptimConfig()))
+            batch = bench_gpu._batch(bench_gpu.Work(config, 1), encoder_decoder=False)
+            weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("blocks"))
+            rest = 2 * length * weights + 2 * 16 * 16 * 31_000  # layers, and the head at the answer's places
+            by_kv_heads.append(bench_gpu._flops(backend, batch) // 3 - rest)
+    assert by_kv_heads[0] == by_kv_heads[1] == 2 * 2 * heads * length * length * width
 
 
 def test_without_a_gpu_a_step_is_not_timed(capsys):

@@ -21,6 +21,7 @@ from contextlib import suppress
 
 import psutil
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
@@ -45,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         run(arguments)
     except ChildFailedError as error:
         return _exit_code(error, passed_on)
+    except SignalException as error:  # Ctrl-C, which torchrun has sent to its processes, too
+        return 128 + error.sigval
     except UserError as error:
         print(f"launch: {error}", file=sys.stderr)
         return 2

@@ -22,7 +22,7 @@ def learning_rate(schedule: Schedule, peak: float, step: int, steps: int, warmup
     Ref: Vaswani et al. 2017 (rsqrt); Loshchilov and Hutter 2017 (cosine); Haegele et al. 2024 (trapezoid).
     """
     if step <= warmup:
-        return peak * step / warmup
+        return peak * (step / warmup)
     progress = min(1.0, (step - 1 - warmup) / max(1, steps - warmup))
     match schedule:
         case "constant":

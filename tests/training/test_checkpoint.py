@@ -1,5 +1,9 @@
+import errno
 import hashlib
 import json
+import os
+import shutil
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -14,7 +18,7 @@ from babl.errors import UserError
 from babl.models import from_pretrained
 from babl.models.t5 import T5, T5Config
 from babl.training import checkpoint
-from babl.training.checkpoint import Checkpoints, find_fault, newest_whole
+from babl.training.checkpoint import Checkpoints, find_fault, newest_whole, read_state
 
 ALONE = World(0, 1, torch.device("cpu"))
 SHAPE = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
@@ -44,6 +48,87 @@ def test_the_last_few_stay_and_every_hundredth_for_good(tmp_path):
         save(checkpoints, step)
     assert names(tmp_path) == ["latest", "step_000100", "step_000200", "step_000300", "step_000350"]
     assert (tmp_path / "latest").resolve().name == "step_000350"
+
+
+def test_checkpoints_sort_by_number_also_past_a_million(tmp_path):
+    checkpoints = Checkpoints(tmp_path, ALONE, keep_last=2, keep_every=0, background=False)
+    for step in (9, 999_998, 1_000_000, 12_000_000):
+        save(checkpoints, step)
+    assert names(tmp_path) == ["latest", "step_1000000", "step_12000000"]
+    assert newest_whole(tmp_path)[0] == (tmp_path / "latest").resolve() == tmp_path / "step_12000000"
+
+
+def test_what_is_not_named_by_a_step_is_neither_counted_nor_deleted(tmp_path):
+    checkpoints = Checkpoints(tmp_path, ALONE, keep_last=1, keep_every=3, background=False)
+    save(checkpoints, 1)
+    mine = ["step_000001_best", "step_", "step_best", "step_1e3", "my_step_000009", "step_٣"]
+    for name in mine:
+        shutil.copytree(tmp_path / "step_000001", tmp_path / name)
+    (tmp_path / "step_000099").write_text("a file")
+    save(checkpoints, 2)
+    assert names(tmp_path) == sorted(["latest", "step_000002", "step_000099", *mine])
+    assert newest_whole(tmp_path) == (tmp_path / "step_000002", [])
+
+
+def test_one_that_cannot_be_deleted_is_a_warning_and_the_next_save_tries_again(tmp_path, capsys, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, ALONE, keep_last=1, keep_every=0, background=False)
+    save(checkpoints, 1)
+    remove, busy = os.unlink, True
+
+    def unlink(path, **how):  # as NFS keeps what somebody reads
+        if busy and str(path).endswith("config.json"):
+            raise OSError(errno.EBUSY, "Device or resource busy", path)
+        remove(path, **how)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    save(checkpoints, 2)
+    warning = f"warning: {tmp_path / 'step_000001'} cannot be deleted (Device or resource busy)"
+    assert capsys.readouterr().err.count(warning) == 1
+    assert (tmp_path / "latest").resolve() == newest_whole(tmp_path)[0] == tmp_path / "step_000002"
+    busy = False
+    save(checkpoints, 3)
+    assert names(tmp_path) == ["latest", "step_000003"] and not capsys.readouterr().err
+
+
+def test_in_a_copy_that_followed_links_latest_is_a_folder_and_is_set_aside(tmp_path, capsys):
+    save(Checkpoints(tmp_path / "run", ALONE, 2, 0, False), 5)
+    subprocess.run(["cp", "-rL", tmp_path / "run", tmp_path / "copy"], check=True)
+    copy = tmp_path / "copy"
+    assert newest_whole(copy)[0] == copy / "step_000005"
+    save(Checkpoints(copy, ALONE, 1, 0, False), 6)
+    assert names(copy) == ["latest", "latest_before_step_000006", "step_000006"]
+    assert (copy / "latest").is_symlink() and find_fault(copy / "latest_before_step_000006") is None
+    assert f"{copy / 'latest'} is a folder: it is called latest_before_step_000006 now" in capsys.readouterr().err
+
+
+def test_where_latest_alone_was_copied_it_is_gone_on_from(tmp_path):
+    save(Checkpoints(tmp_path / "run", ALONE, 2, 0, False), 5)
+    (tmp_path / "copy").mkdir()
+    subprocess.run(["cp", "-rL", tmp_path / "run" / "latest", tmp_path / "copy" / "latest"], check=True)
+    assert newest_whole(tmp_path / "copy") == (tmp_path / "copy" / "latest", [])
+
+
+@pytest.mark.parametrize("target", [None, "step_000004", "step_000002"], ids=["absent", "dangling", "another"])
+def test_latest_leads_to_what_is_gone_on_from(tmp_path, target):
+    checkpoints = Checkpoints(tmp_path, ALONE, 0, 0, False)
+    for step in (2, 5):
+        save(checkpoints, step)
+    (tmp_path / "latest").unlink()
+    if target:
+        (tmp_path / "latest").symlink_to(target)
+    checkpoints.point_to(newest_whole(tmp_path)[0])
+    assert (tmp_path / "latest").resolve() == tmp_path / "step_000005"
+
+
+@pytest.mark.parametrize("key", ["step", "loader", "data"])
+def test_a_state_that_lacks_a_key_is_named(tmp_path, key):
+    state = {"step": 1, "loader": {}, "data": {}}
+    state.pop(key)
+    (tmp_path / "trainer.json").write_text(json.dumps(state))
+    with pytest.raises(
+        UserError, match=rf"trainer\.json has no '{key}'.*begin one of another run\.name .* model\.path"
+    ):
+        read_state(tmp_path)
 
 
 def test_a_newer_one_that_was_passed_over_does_not_push_out_the_new_one(tmp_path):

@@ -195,6 +195,21 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("verify", verify, "prove that a training script, edited or not, still does what it should")
     sub.add_argument("script", nargs="?", type=Path, metavar="SCRIPT", help="default Babl's own loop")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="given to the script")
+    sub.add_argument("--self", action="store_true", dest="itself", help="against itself: any loss, any optimizer")
+    sub.add_argument("--fixed", action="append", default=[], metavar="PATTERN", help="these parameters do not move")
+    sub.add_argument(
+        "--rate",
+        action="append",
+        default=[],
+        metavar="PATTERN=FACTOR",
+        help="their share of the learning rate",
+    )
+    sub.add_argument("--base", type=Path, metavar="SCRIPT", help="the loop without the rates of --rate (with --self)")
+    sub.add_argument(
+        "--ignore", action="append", default=[], metavar="KEY", help="a logged number that depends on splits"
+    )
+    sub.add_argument("--family", choices=("t5", "llama", "bloom"), help="run the script with this one alone")
     sub.add_argument("--quick", action="store_true", help="plain DDP alone, on one rank and on two")
     sub.add_argument("--json", action="store_true")
 
@@ -541,10 +556,20 @@ def experiment(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Runs scripts/verify.py."""
-    from babl.scripts.verify import LOOP, every_case, quick_cases, run
+    """Runs scripts/verify."""
+    from babl.scripts.verify.edit import summary
+    from babl.scripts.verify.program import LOOP, Request, chosen_cases, prove
+    from babl.scripts.verify.statements import parse
+    from babl.scripts.verify.table import show
 
-    return run(args.script or LOOP, *(quick_cases() if args.quick else every_case()), args.json)
+    script, said = args.script or LOOP, parse(args.fixed, args.rate)
+    cases, after = chosen_cases(args.quick, args.family)
+    request = Request(
+        script, cases, after, watch=True, itself=args.itself, said=said, base=args.base or LOOP,
+        ignored=args.ignore, overrides=args.overrides,
+    )  # fmt: skip
+    rows = prove(request)
+    return show(str(script), rows, args.json, summary(rows))
 
 
 def doctor(args: argparse.Namespace) -> None:

@@ -102,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("data", metavar="DATA.json")
     sub.add_argument("a", metavar="A.json")
     sub.add_argument("b", metavar="B.json")
+    sub.add_argument("--common", action="store_true", help="only the questions that both files have; the rest counted")
+    sub.add_argument(
+        "--data-b",
+        metavar="DATA.json",
+        help="B's questions, where its arm rewrote them: the questions.json that `evaluate --out` writes",
+    )
     _add_reading(sub, "faulty", "articles")
     sub.add_argument("--json", action="store_true")
 
@@ -338,12 +344,14 @@ def score(args: argparse.Namespace) -> None:
 def compare(args: argparse.Namespace) -> None:
     """Prints how two prediction files differ, and how sure that is."""
     from babl.data.squad import load_golds
+    from babl.evaluation.compare import Side, describe
     from babl.evaluation.compare import compare as paired
-    from babl.evaluation.compare import describe
     from babl.evaluation.squad import read_by_id
 
-    examples = load_golds(args.data, _reading(args))
-    found = paired(examples, read_by_id(args.a), read_by_id(args.b), (args.a, args.b))
+    data = load_golds(args.data, _reading(args))
+    a = Side(args.a, data, read_by_id(args.a))
+    b = Side(args.b, load_golds(args.data_b, _reading(args)) if args.data_b else data, read_by_id(args.b))
+    found = paired(a, b, args.common)
     print(json.dumps(found, indent=2, ensure_ascii=False) if args.json else describe(found))
 
 

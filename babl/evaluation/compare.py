@@ -1,8 +1,8 @@
 """Two prediction files on the same questions, question by question."""
 
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,78 +10,72 @@ import numpy as np
 from babl.data.squad import Example, to_squad
 from babl.errors import UserError
 from babl.evaluation.squad import dataset_version, question_scores, score
-from babl.evaluation.statistics import (
-    cluster_standard_error,
-    crossed_interval,
-    crossed_standard_error,
-    mcnemar,
-    minimal_detectable_effect,
-    randomisation_test,
-)
+from babl.evaluation.statistics import estimate, mcnemar, randomisation_test
 
 _EXAMPLES = 3  # questions shown of each side
 
 
-def compare(
-    examples: Sequence[Example],
-    a: Mapping[str, Any],
-    b: Mapping[str, Any],
-    names: tuple[str, str] = ("A", "B"),
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Side:
+    """One model's answers.
+
+    Attributes:
+        name: What errors call them.
+        examples: The questions that were asked, and what is right.
+        predictions: Question id -> text.
+    """
+
+    name: str
+    examples: Sequence[Example]
+    predictions: Mapping[str, Any]
+
+
+def compare(a: Side, b: Side, common: bool = False) -> dict[str, Any]:
     """Returns the paired difference B - A in exact match and F1, in percentage points, and how sure it is.
 
     Interval, standard error and test are about these two models on more articles; how much another seed would change
     either is not in them. Under each metric:
     a, b, difference: Official scores in percent, and B - A.
-    interval: 95 %, Student's over articles; none where there is one article, as the next two.
-    standard_error: Cluster-robust.
+    interval: 95 %, Student's over articles; None where the articles are too few or do not differ, as the next two, and
+        the reason under no_interval.
+    standard_error: Clustered by article.
     minimal_detectable_effect: The true difference that data like these find with power .8 at level .05.
     p_randomisation: The two files' labels exchanged article by article.
     p_mcnemar_naive: Exact match alone; takes questions for independent.
     b_better, a_better, equal: Numbers of questions.
 
     Args:
-        examples: Every question of the data.
-        a: Question id -> text, for exactly these questions.
-        b: As `a`.
-        names: What errors call the two.
+        a: Answers to every question asked, unless `common`.
+        b: Likewise; its questions may have other right answers than A's, where a context was rewritten.
+        common: Whether to leave out, and count, what only one side was asked or has answered.
 
     Raises:
         UserError: A question has no prediction, a prediction no question, or it is no string.
     """
-    dataset = to_squad(examples)
-    for name, predictions in zip(names, (a, b), strict=True):
-        _check(name, predictions, [example.id for example in examples])
-    sides = [question_scores(dataset, predictions) for predictions in (a, b)]
-    titles = [found.title for found in sides[0].values()]
-    exact = np.array([[100 * found.exact for found in side.values()] for side in sides])  # (2, N)
-    overlap = np.array([[100 * found.f1 for found in side.values()] for side in sides])
+    ids = _questions(a, b, common)
+    sides = [Side(s.name, [e for e in s.examples if e.id in ids], {i: s.predictions[i] for i in ids}) for s in (a, b)]
+    datasets = [to_squad(side.examples) for side in sides]
+    found = [question_scores(data, side.predictions) for data, side in zip(datasets, sides, strict=True)]
+    titles = [found[0][qid].title for qid in ids]
+    exact = np.array([[100 * of[qid].exact for qid in ids] for of in found])  # (2, N)
+    overlap = np.array([[100 * of[qid].f1 for qid in ids] for of in found])
     result: dict[str, Any] = {
         "difference": "B - A",
-        "a": names[0],
-        "b": names[1],
-        "version": dataset_version(dataset),
+        "a": a.name,
+        "b": b.name,
+        "version": dataset_version(datasets[0]),
         "questions": len(titles),
+        "left_out": len({e.id for side in (a, b) for e in side.examples}) - len(titles),
         "articles": len(set(titles)),
     }
-    official = [score(dataset, predictions) for predictions in (a, b)]
+    official = [score(data, side.predictions) for data, side in zip(datasets, sides, strict=True)]
     for metric, key, both in (("exact", "exact_match", exact), ("f1", "f1", overlap)):
-        totals = [found.get(key, found.get(metric)) for found in official]  # version 2.0 says "exact"
+        totals = [of.get(key, of.get(metric)) for of in official]  # version 2.0 says "exact"
         result[metric] = dict(zip(("a", "b"), totals, strict=True)) | _paired(both, titles)
     result["exact"]["p_mcnemar_naive"] = mcnemar(*exact)
-    by_id, ids = {example.id: example for example in examples}, list(sides[0])
-    for side, found_better in (("b_better", exact[1] > exact[0]), ("a_better", exact[0] > exact[1])):
-        shown = [by_id[ids[i]] for i in np.flatnonzero(found_better)[:_EXAMPLES]]
-        result[f"{side}_examples"] = [
-            {
-                "id": example.id,
-                "question": example.question,
-                "golds": sorted({answer.text for answer in example.answers}),
-                "a": a[example.id],
-                "b": b[example.id],
-            }
-            for example in shown
-        ]
+    for name, better in (("b_better", exact[1] > exact[0]), ("a_better", exact[0] > exact[1])):
+        shown = [list(ids)[i] for i in np.flatnonzero(better)[:_EXAMPLES]]
+        result[f"{name}_examples"] = [_shown(qid, *sides) for qid in shown]
     return result
 
 
@@ -93,8 +87,8 @@ def describe(comparison: Mapping[str, Any]) -> str:
         ("A", "a", _points),
         ("B", "b", _points),
         ("B - A", "difference", _points),
-        ("95 % interval over articles", "interval", _range),
-        ("cluster-robust SE", "standard_error", _points),
+        ("95 % interval, new articles", "interval", _range),
+        ("SE, clustered by article", "standard_error", _points),
         ("detectable with power .8", "minimal_detectable_effect", _points),
         ("p, randomisation by article", "p_randomisation", _p),
         ("p, McNemar (naive)", "p_mcnemar_naive", _p),
@@ -105,12 +99,16 @@ def describe(comparison: Mapping[str, Any]) -> str:
         rows.append((label, *("-" if metric.get(key) is None else form(metric[key]) for metric in metrics)))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     size = f"{comparison['questions']} questions of {comparison['articles']} articles, SQuAD {comparison['version']}"
+    size += f"; {comparison['left_out']} left out, which not both have" if comparison["left_out"] else ""
     lines = [f"A  {comparison['a']}", f"B  {comparison['b']}", size, ""]
     lines += [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
+    reasons = {metric["no_interval"]: None for metric in metrics if "no_interval" in metric}
+    lines += [f"-: {reason}" for reason in reasons]
+    lines += ["intervals and p are about these two models; another seed may give others"]
     for side, title in (("b_better", "B right, A wrong"), ("a_better", "A right, B wrong")):
         lines += ["", f"{title}:"] if comparison[f"{side}_examples"] else []
         for shown in comparison[f"{side}_examples"]:
-            golds = " | ".join(map(_short, shown["golds"])) or "no answer"
+            golds = "; ".join(" | ".join(map(_short, of)) or "no answer" for of in _distinct(shown))
             lines += [
                 f"  {_short(shown['question'])}",
                 f"    gold {golds}, A {_short(shown['a'])}, B {_short(shown['b'])}",
@@ -118,29 +116,59 @@ def describe(comparison: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _check(name: str, predictions: Mapping[str, Any], ids: Sequence[str]) -> None:
-    absent = [qid for qid in ids if qid not in predictions]
-    if absent:
-        raise UserError(f"{name}: {len(absent)} of {len(ids)} questions of the data missing, first {absent[0]}")
-    known = set(ids)
-    unknown = [qid for qid in predictions if qid not in known]
-    if unknown:
-        raise UserError(f"{name}: {len(unknown)} of {len(predictions)} ids are not in the data, first {unknown[0]}")
-    for qid, text in predictions.items():
-        if not isinstance(text, str):
-            raise UserError(f"{name}: prediction of question {qid} is {text!r}, expected a string")
+def _questions(a: Side, b: Side, common: bool) -> dict[str, None]:
+    """Returns the ids to compare, in the order of A's questions.
+
+    Raises:
+        UserError: A side lacks one, and `common` is not set; or there is none; or a prediction is no answer to any.
+    """
+    asked = [dict.fromkeys(e.id for e in side.examples) for side in (a, b)]
+    both = {i: None for i in asked[0] if i in asked[1] and i in a.predictions and i in b.predictions}
+    for side, of in zip((a, b), asked, strict=True):
+        unknown = [qid for qid in side.predictions if qid not in of]
+        if unknown:
+            raise UserError(
+                f"{side.name}: {len(unknown)} of {len(side.predictions)} ids are not in the data, first {unknown[0]}"
+            )
+        absent = [qid for qid in {**asked[0], **asked[1]} if qid not in side.predictions]
+        if absent and not common:
+            raise UserError(
+                f"{side.name}: {len(absent)} of {len({**asked[0], **asked[1]})} questions of the data missing, first "
+                f"{absent[0]}; --common compares the {len(both)} that both files have"
+            )
+        for qid in both:
+            if not isinstance(side.predictions[qid], str):
+                raise UserError(
+                    f"{side.name}: prediction of question {qid} is {side.predictions[qid]!r}, expected a string"
+                )
+    if not both:
+        raise UserError(f"{a.name} and {b.name} have no question in common")
+    return both
+
+
+def _shown(qid: str, a: Side, b: Side) -> dict[str, Any]:
+    """Returns a question with what is right and what was said, B's golds where they are others than A's."""
+    of_a, of_b = (next(e for e in side.examples if e.id == qid) for side in (a, b))
+    golds, golds_b = (sorted({answer.text for answer in of.answers}) for of in (of_a, of_b))
+    row = {"id": qid, "question": of_a.question, "golds": golds}
+    row |= {"golds_b": golds_b} if golds_b != golds else {}
+    return row | {"a": a.predictions[qid], "b": b.predictions[qid]}
+
+
+def _distinct(shown: Mapping[str, Any]) -> list[list[str]]:
+    return [shown[key] for key in ("golds", "golds_b") if key in shown]
 
 
 def _paired(both: np.ndarray, titles: Sequence[str]) -> dict[str, Any]:
     """Returns how one metric differs; both: (2, N) percent."""
     difference = both[1] - both[0]  # (N,)
-    error, (_, df) = cluster_standard_error(difference, titles), crossed_standard_error(difference[None], titles)
-    known = math.isfinite(error)
+    sure = estimate(difference[None], titles)
     return {
-        "difference": float(difference.mean()),
-        "interval": crossed_interval(difference[None], titles) if known else None,
-        "standard_error": error if known else None,
-        "minimal_detectable_effect": minimal_detectable_effect(error, df=df) if known else None,
+        "difference": sure.mean,
+        "interval": sure.interval(),
+        "standard_error": sure.error,
+        "minimal_detectable_effect": sure.detectable,
+        **({"no_interval": sure.unknown} if sure.unknown else {}),
         "p_randomisation": randomisation_test(difference[None], titles),
         "b_better": int((difference > 0).sum()),
         "a_better": int((difference < 0).sum()),

@@ -21,11 +21,13 @@ from babl.evaluation.predictions import (
     refuse_overlong,
 )
 from babl.evaluation.squad import question_scores, score
-from babl.evaluation.statistics import cluster_bootstrap
+from babl.evaluation.statistics import estimate
 from babl.generation import Engine
 from babl.text import Tokenizer
 from babl.text.normalize import normalize_answer
 from babl.text.prompts import clean_answer
+
+DIGITS = 2  # after the point, of the percentages that are not official ones
 
 
 @dataclass
@@ -35,17 +37,19 @@ class Evaluation:
     Attributes:
         predictions: Question id -> answer after `clean_answer`.
         metrics: Official keys in percent, and what the run lost or cut.
+        questions: What was asked and is right, as a parsed SQuAD file; scores the predictions, whatever the arm.
         na_prob: Question id -> probability that it has no answer, where that was asked for.
     """
 
     predictions: dict[str, str]
     metrics: dict[str, Any]
+    questions: dict[str, Any]
     na_prob: dict[str, float] | None = None
 
     def save(self, folder: Path) -> None:
-        """The folder holds predictions.json, metrics.json and, where it was asked for, na_prob.json."""
+        """The folder holds predictions.json, metrics.json, questions.json and, where it was asked for, na_prob.json."""
         folder.mkdir(parents=True, exist_ok=True)
-        files = {"predictions": self.predictions, "metrics": self.metrics, "na_prob": self.na_prob}
+        files = {name: getattr(self, name) for name in ("predictions", "metrics", "questions", "na_prob")}
         for name, value in files.items():
             if value is not None:
                 aside = folder / f"{name}.json.tmp"
@@ -92,13 +96,14 @@ def evaluate(
         predictions = predict_into(path, engine, views, asking, key)
     else:
         predictions = predict(engine, views, asking)
-    metrics = summarize(asked(examples, views), predictions)
+    questions = asked(examples, views)
+    metrics = summarize(questions, predictions)
     metrics |= {
-        "attainable_exact": attainable_exact(engine.tokenizer, examples),
+        "attainable_exact": attainable_exact(engine.tokenizer, views),
         "context": arm,
         "not_built": len(missing),
     }
-    return Evaluation({p.id: p.prediction for p in predictions}, metrics, na_probabilities(predictions))
+    return Evaluation({p.id: p.prediction for p in predictions}, metrics, questions, na_probabilities(predictions))
 
 
 def _check_own(folder: Path, path: Path, key: str) -> None:
@@ -118,24 +123,37 @@ def na_probabilities(predictions: Sequence[Prediction]) -> dict[str, float] | No
 
 
 def asked(examples: Sequence[Example], views: Sequence[View]) -> dict[str, Any]:
-    """Returns the data set that the views ask, with the answers that are right for them, as a parsed SQuAD file."""
-    golds = {view.id: view.golds for view in views}
-    return to_squad(
-        [replace(e, answers=tuple(Answer(text, 0) for text in golds[e.id])) for e in examples if e.id in golds]
-    )
+    """Returns the data set that the views ask, as a parsed SQuAD file.
+
+    A question whose answer the arm rewrites stands with the rewritten context and answer, any other as it is.
+    """
+    of = {view.id: view for view in views}
+    return to_squad([_as_asked(example, of[example.id]) for example in examples if example.id in of])
+
+
+def _as_asked(example: Example, view: View) -> Example:
+    if view.golds == tuple(answer.text for answer in example.answers):
+        return example
+    assert view.context is not None and view.at is not None  # an arm that rewrites answers shows them
+    return replace(example, context=view.context, answers=tuple(Answer(text, view.at) for text in view.golds))
 
 
 def summarize(data: dict[str, Any], predictions: list[Prediction]) -> dict[str, Any]:
     """Returns the official metrics in percent, an interval, and what was windowed, too long, empty or cut off.
 
     With probabilities that there is no answer, best_* and the average precisions are among them.
+    exact_interval: Of exact match, 95 %, for this trained model on new articles (`Estimate.score_interval`); None, and
+        the reason under no_interval, where there are too few articles or they do not differ.
     """
     answers = {p.id: p.prediction for p in predictions}
     scores = question_scores(data, answers)
     titles = [s.title for s in scores.values()]
     exact = np.array([100 * s.exact for s in scores.values()])
+    sure = estimate(exact[None], titles)
+    interval = sure.score_interval()
     metrics = score(data, answers, na_probabilities(predictions)) | {
-        "exact_interval": cluster_bootstrap(exact, titles),
+        "exact_interval": interval and tuple(round(end, DIGITS) for end in interval),
+        **({"no_interval": sure.unknown} if sure.unknown else {}),
         "articles": len(set(titles)),
         "windowed": sum(p.windows > 1 for p in predictions),
         "overlong": sum(p.windows == 0 for p in predictions),
@@ -145,7 +163,8 @@ def summarize(data: dict[str, Any], predictions: list[Prediction]) -> dict[str, 
     grades = sorted({s.grade for s in scores.values()} - {""})
     if grades:
         metrics["grades"] = {
-            grade: 100 * float(np.mean([s.exact for s in scores.values() if s.grade == grade])) for grade in grades
+            grade: round(100 * float(np.mean([s.exact for s in scores.values() if s.grade == grade])), DIGITS)
+            for grade in grades
         }
     return metrics
 
@@ -155,15 +174,18 @@ def longest_prompt(engine: Engine, max_new_tokens: int) -> int:
     return min(512, engine.prompt_limit(max_new_tokens) or 512)
 
 
-def attainable_exact(tokenizer: Tokenizer, examples: list[Example]) -> float:
+def attainable_exact(tokenizer: Tokenizer, views: Sequence[View]) -> float:
     """Returns the exact match, in percent, of a model that answers every question right, through this tokenizer.
 
-    A gold that does not survive encoding and decoding (T5's normalises "½", for instance) cannot be written, nor can
-    one that `clean_answer` takes for something else: what has a line break in it, or says that there is no answer.
+    A gold cannot be scored right if it does not survive encoding and decoding (T5's normalises "½", for instance) or
+    `clean_answer` (which ends at a line break, and takes "unanswerable" for no answer).
     """
 
-    def writable(gold: str) -> bool:
-        return normalize_answer(clean_answer(tokenizer.decode(tokenizer.encode(gold)))) == normalize_answer(gold)
+    def written(gold: str) -> str:
+        return clean_answer(tokenizer.decode(tokenizer.encode(gold)))
 
-    reachable = [e.impossible or any(writable(answer.text) for answer in e.answers) for e in examples]
-    return 100 * sum(reachable) / len(reachable)
+    reachable = [
+        not view.golds or any(normalize_answer(written(gold)) == normalize_answer(gold) for gold in view.golds)
+        for view in views
+    ]
+    return round(100 * sum(reachable) / len(reachable), DIGITS)

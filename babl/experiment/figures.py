@@ -34,6 +34,8 @@ STYLE: dict[Any, Any] = {
     "axes.formatter.use_mathtext": True,
 } | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 
+SHORT = {"exact": "EM", "f1": "F1"}
+
 # Okabe and Ito 2008, with shades beside it.
 COLOURS = {
     "none": "#8a8a8a",
@@ -84,12 +86,12 @@ def forest(figure: Figure, rows: list[Row]) -> None:
     for y, row in enumerate(rows):
         planned = row["role"] != "post hoc"
         colour = COLOURS["gold"] if "primary" in row["role"] else COLOURS["random"] if planned else GREY
-        axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=2)
+        if row["low"] is not None:
+            axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=2)
         axes.plot(row["difference"], y, "o", color=colour, markerfacecolor=colour if planned else "none")
-        interval = f"{_signed(row['difference'])} [{_signed(row['low'])}, {_signed(row['high'])}]"
-        labels.append(f"{row['contrast']}\n{interval}")
+        labels.append(f"{row['contrast']}\n{_signed(row['difference'])} {_interval(row)}")
     axes.set_yticks(range(len(rows)), labels, fontsize=9)
-    axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="difference, points")
+    axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel=f"difference, {SHORT[rows[0]['metric']]} points")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     low, high = axes.get_xlim()
@@ -97,11 +99,11 @@ def forest(figure: Figure, rows: list[Row]) -> None:
 
 
 def heat_map(figure: Figure, rows: list[Row]) -> None:
-    """Exact match of every arm (down) under every condition (across), the diagonal outlined."""
+    """Score of every arm (down) under every condition (across), the diagonal outlined."""
     arms, conditions = _unique(rows, "arm"), _unique(rows, "condition")
     figure.set_figheight(1.3 + 0.42 * len(arms))
     axes = figure.subplots()
-    cells = {(row["arm"], row["condition"]): row["exact"] for row in rows}
+    cells = {(row["arm"], row["condition"]): row[row["metric"]] for row in rows}
     values = np.array([[np.nan if cells[a, c] is None else cells[a, c] for c in conditions] for a in arms])
     axes.pcolormesh(np.ma.masked_invalid(values), cmap="cividis", vmin=0, vmax=100)
     for (y, x), value in np.ndenumerate(values):
@@ -139,7 +141,7 @@ def strata(figure: Figure, rows: list[Row]) -> None:
             y += 1
         y += 0.5
     axes.set_yticks(ticks, labels, fontsize=9)
-    axes.set(xlim=(-2, 102), ylim=(y, -0.8), xlabel="score, %")
+    axes.set(xlim=(-2, 102), ylim=(y, -0.8), xlabel=f"{SHORT[rows[0]['metric']]}, %")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x", color=GREY, alpha=0.25, linewidth=0.6)
@@ -175,21 +177,22 @@ def _mean_curve(seeds: Sequence[list[Row]], key: str) -> tuple[list[float], list
 
 
 def seed_strip(figure: Figure, rows: list[Row]) -> None:
-    """Exact match of every seed; the bar is their mean, the dashes are chance."""
+    """Score of every seed; the bar is their mean, the dashes are the exact match that chance gives."""
     sides = _unique(rows, "side")
     figure.set_figheight(3.4)
     axes = figure.subplots()
+    metric = rows[0]["metric"]
     for x, side in enumerate(sides):
-        values = [row["exact"] for row in rows if row["side"] == side]
+        values = [row[metric] for row in rows if row["side"] == side]
         spread = (np.arange(len(values)) - (len(values) - 1) / 2) * 0.09
         axes.plot([x - 0.32, x + 0.32], [np.mean(values)] * 2, color=COLOURS[side], linewidth=2)
         axes.plot(x + spread, values, MARKERS[side], color=COLOURS[side], alpha=0.8, markersize=6)
-    level = rows[0]["chance"]
-    if level is not None:
+    level = rows[0]["chance_exact"]
+    if metric == "exact" and level is not None:
         axes.axhline(level, color=INK, linewidth=1, linestyle="--")
         axes.annotate("chance", (len(sides) - 0.5, level), fontsize=9, ha="right", va="bottom")
     axes.set_xticks(range(len(sides)), sides, rotation=35, ha="right", rotation_mode="anchor")
-    axes.set(ylim=(0, 103), xlim=(-0.6, len(sides) - 0.4), ylabel="exact match, %")
+    axes.set(ylim=(0, 103), xlim=(-0.6, len(sides) - 0.4), ylabel=f"{SHORT[metric]}, %")
 
 
 def reliability(figure: Figure, rows: list[Row]) -> None:
@@ -202,28 +205,29 @@ def reliability(figure: Figure, rows: list[Row]) -> None:
 
 
 def risk(figure: Figure, rows: list[Row]) -> None:
-    """Share of wrong answers when only the surest are given."""
+    """Share of answers that are no exact match when only the surest are given."""
     axes = _percent_square(figure)
-    _lines(axes, rows, "coverage", "wrong", marker=False)
-    axes.set(xlabel="answers given, %", ylabel="wrong among them, %")
+    _lines(axes, rows, "coverage", "not_exact", marker=False)
+    axes.set(xlabel="answers given, %", ylabel="no exact match among them, %")
     _legend(figure)
 
 
 def positions(figure: Figure, rows: list[Row]) -> None:
-    """Exact match by the sentence of the context in which the answer stands."""
+    """Score by the sentence of the context in which the answer stands."""
     axes = figure.subplots()
     labels = sorted(_unique(rows, "position"))
-    sides = _unique(rows, "side")
+    sides, metric = _unique(rows, "side"), rows[0]["metric"]
     for i, side in enumerate(sides):
         of_side = [row for row in rows if row["side"] == side]
         x = np.array([labels.index(row["position"]) for row in of_side]) + (i - (len(sides) - 1) / 2) * 0.08
-        axes.plot(x, [row["exact"] for row in of_side], color=COLOURS[side], marker=MARKERS[side], label=side)
+        axes.plot(x, [row[metric] for row in of_side], color=COLOURS[side], marker=MARKERS[side], label=side)
         for at, row in zip(x, of_side, strict=True):
-            if row["low"] is not None:
-                axes.plot([at, at], [row["low"], row["high"]], color=COLOURS[side], linewidth=1)
+            ends = [row[f"{metric}_low"], row[f"{metric}_high"]]
+            if ends[0] is not None:
+                axes.plot([at, at], ends, color=COLOURS[side], linewidth=1)
     counts = {row["position"]: row["n"] for row in reversed(rows)}
     axes.set_xticks(range(len(labels)), [f"{label}\nn = {counts[label]:,}" for label in labels])
-    axes.set(ylim=(0, 103), xlabel="sentence of the answer (0 is the first)", ylabel="exact match, %")
+    axes.set(ylim=(0, 103), xlabel="sentence of the answer (0 is the first)", ylabel=f"{SHORT[metric]}, %")
     _legend(figure)
 
 
@@ -291,6 +295,12 @@ def _legend(figure: Figure) -> None:
 
 def _unique(rows: Sequence[Row], key: str) -> list[Any]:
     return list(dict.fromkeys(row[key] for row in rows))
+
+
+def _interval(row: Row) -> str:
+    if row["low"] is None:
+        return "[–]"
+    return f"[{_signed(row['low'])}, {_signed(row['high'])}]{'°' if row['scope'] == 'articles' else ''}"
 
 
 def _signed(value: float) -> str:

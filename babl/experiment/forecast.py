@@ -17,7 +17,8 @@ from babl.data.collate import make_features
 from babl.data.contexts import TestArm, TrainArm, see
 from babl.errors import UserError
 from babl.evaluation.predictions import CHUNK, Asking, predict
-from babl.evaluation.statistics import expected_standard_error, minimal_detectable_effect
+from babl.evaluation.statistics import expected_standard_error, minimal_detectable_effect, too_few, widest_scope
+from babl.experiment.figures import SHORT
 from babl.experiment.plan import Cell, Plan
 from babl.experiment.run import multiplying_weights, training_flops
 from babl.generation import Engine
@@ -127,13 +128,25 @@ def _lengths(plan: Plan, engine: Engine, arm: TrainArm) -> tuple[float, float]:
 def _power(plan: Plan) -> Iterator[str]:
     """Yields the smallest differences that this many seeds, articles and questions find."""
     sizes = list(Counter(example.title for example in plan.data("test")).values())
-    seeds = len(plan.tree["seeds"])
-    yield f"\nsmallest difference in EM points that {seeds} seeds and {len(sizes)} articles find (power .8, level .05),"
-    yield f"if seeds differ by an SD of {SEED_SD} in each arm:"
+    seeds, metric = len(plan.tree["seeds"]), plan.tree["primary"]["metric"]
+    unit = f"{SHORT[metric]} points"
+    if reason := too_few(sizes):
+        yield f"\nno difference in {unit} can be told: {reason}"
+        return
+    scope = widest_scope(seeds, len(sizes))
+    about = "new seeds and new articles" if scope == "seeds and articles" else "new articles alone, for these models"
+    yield f"\nsmallest difference in {unit} that {seeds} seed{'s' if seeds > 1 else ''} and {len(sizes)} articles find"
+    yield f"(power .8, level .05, over {about}),"
+    if scope == "seeds and articles":
+        yield f"if seeds differ by an SD of {SEED_SD} {unit} in each arm, as published for EM:"
+    if metric == "f1":
+        yield "taking each difference in F1 as all or nothing, so at most:"
     for discordant in DISCORDANT:
         for icc in ICC:
             total = discordant * 100**2  # the variance of a difference that is -100, 0 or 100
             parts = {"seed": 2 * SEED_SD**2, "article": icc * total, "question": total * (1 - icc) / 2}
             error, df = expected_standard_error(parts | {"residual": total * (1 - icc) / 2}, seeds, sizes)
             least = minimal_detectable_effect(error, df=df)
-            yield f"  arms that disagree on {discordant:.0%} of the questions, ICC of articles {icc}: {least:.1f}"
+            yield (
+                f"  arms that disagree on {discordant:.0%} of the questions, ICC of articles {icc}: {least:.1f} {unit}"
+            )

@@ -17,13 +17,19 @@ import jinja2
 import numpy as np
 
 from babl.data.overlap import DECLARED, OVERLAP_BIASES
+from babl.evaluation.statistics import FEWEST_ARTICLES, FEWEST_ARTICLES_WITH_SEEDS, FEWEST_SEEDS
 from babl.experiment import analysis, figures
-from babl.experiment.analysis import Row
+from babl.experiment.contrasts import Row, contrasts, primary_details
+from babl.experiment.figures import SHORT
 from babl.experiment.results import Results, read_results
 
 SIGNIFICANT = 8  # digits of a number in report.json and the CSV files
 LEVEL = 0.05
 METRICS = {"exact": "exact match", "f1": "F1"}
+NO_INTERVAL = (
+    f"[–]: none that would hold, with fewer than {FEWEST_ARTICLES} articles, one with more than a third of the "
+    "questions, or articles that all agree exactly."
+)
 IN_WORDS = {"gold": "with the context", "none": "without it"}
 
 
@@ -34,7 +40,7 @@ class Picture:
     Attributes:
         name: Of its CSV file, and the key of its rows in report.json.
         title: Above it.
-        caption: How to read it.
+        caption: How to read it; {metric} stands for the plan's.
         draw: Draws the rows of one model.
     """
 
@@ -48,23 +54,23 @@ PICTURES = (
     Picture(
         "contrasts",
         "Every contrast",
-        "The dot is the mean difference of the first arm minus the second, the bar its 95 % interval over seeds and "
-        "articles. Orange: primary; blue: named in the plan; hollow: post hoc. A bar that does not touch the line at 0 "
-        "is a difference that seeds and articles alone do not explain.",
+        "The dot is the mean difference in {metric} of the first arm minus the second, the bar its 95 % interval (°: "
+        "for these trained models alone). Orange: primary; blue: named in the plan; hollow: post hoc. A bar that does "
+        "not touch the line at 0 is a difference that chance does not explain.",
         figures.forest,
     ),
     Picture(
         "matrix",
         "Trained in one arm, tested under another",
-        "Exact match in percent, mean over seeds. Outlined: tested as trained. A row is one model, a column one test.",
+        "The {metric} in percent, mean over seeds. Outlined: tested as trained. A row is one model, a column one test.",
         figures.heat_map,
     ),
     Picture(
         "strata",
         "Where the difference comes from",
-        "Hollow: the second arm of the primary contrast; orange: the first; the line between them: the difference. In "
-        "brackets the number of questions. Strata describe; none is tested, and their intervals (in the CSV) are not "
-        "corrected for being many.",
+        "In {metric}. Hollow: the second arm of the primary contrast; orange: the first; the line between them: the "
+        "difference. In brackets the number of questions. Strata describe; none is tested, and their intervals (in the "
+        "CSV) are not corrected for being many.",
         figures.strata,
     ),
     Picture(
@@ -77,14 +83,15 @@ PICTURES = (
     Picture(
         "seeds",
         "Seed by seed",
-        "Each mark is one training run; the bar is their mean. Marks far apart mean that one run says little.",
+        "Each mark is the {metric} of one training run; the bar is their mean. Marks far apart mean that one run says "
+        "little.",
         figures.seed_strip,
     ),
     Picture(
         "reliability",
         "Does the model know what it knows?",
         "Answers sorted by the probability the model gives them, in groups of equally many. On the dashes the "
-        "probability is the share of right answers; below them the model is too sure of itself.",
+        "probability is the share of exact matches; below them the model is too sure of itself.",
         figures.reliability,
     ),
     Picture(
@@ -97,22 +104,24 @@ PICTURES = (
     Picture(
         "positions",
         "Where in the context the answer stands",
-        "Exact match by the sentence that holds the answer, with 95 % intervals. A line that falls is a model that "
+        "The {metric} by the sentence that holds the answer, with 95 % intervals. A line that falls is a model that "
         "does not read to the end.",
         figures.positions,
     ),
     Picture(
         "errors",
         "In which way answers are wrong",
-        "Green is right; the other colours are kinds of errors, told apart by rule. Numbers: percent of all answers.",
+        "Green is an exact match; the other colours are kinds of errors, told apart by rule. Numbers: percent of all "
+        "answers.",
         figures.errors,
     ),
     Picture(
         "same_arm",
         "A test of the test: seeds of one arm",
-        "p of the test by article where there is no arm to tell apart. Blue, for each article a coin decides whose "
-        "answers are whose: flat at the dashes if the test is right. Orange, one seed against another: what exceeds "
-        "the dashes on the left is how often two single runs would be told apart though only the seed differs.",
+        "p of the test of {metric} by article where there is no arm to tell apart. Blue, for each article a coin "
+        "decides whose answers are whose: flat at the dashes if the test is right. Orange, one seed against another: "
+        "what exceeds the dashes on the left is how often two single runs would be told apart though only the seed "
+        "differs.",
         figures.same_arm,
     ),
 )
@@ -141,14 +150,14 @@ def write_report(folder: Path) -> None:
 
 def summarise(results: Results) -> dict[str, Any]:
     """Returns all that the report says, as plain JSON."""
-    compared = analysis.contrasts(results)
+    compared = contrasts(results)
     rows, worth = analysis.table(results, compared), analysis.selective(results)
     found = {
         "name": results.plan["name"],
         "plan": results.plan,
         "questions": len(results.test),
         "articles": len(set(results.titles)),
-        "primary": analysis.primary_details(results),
+        "primary": primary_details(results),
         "table": rows,
         "chance": analysis.chance(results, rows),
         "counterfactual": analysis.counterfactual(results),
@@ -177,7 +186,7 @@ def summarise(results: Results) -> dict[str, Any]:
 
 
 def answer(report: dict[str, Any], model: str) -> str:
-    """Returns whether the context helps this model, in words and figures."""
+    """Returns whether the context helps this model, in words and figures, and what the answer is about."""
     a, b = report["plan"]["primary"]["contrast"]
     rows = [row for row in report["figures"]["contrasts"] if row["model"] == model and row["seeds"]]
     row = next((row for row in rows if "primary" in row["role"]), None)
@@ -185,17 +194,71 @@ def answer(report: dict[str, Any], model: str) -> str:
         cells = [cell for cell in report["cells"] if cell["model"] == model and cell["arm"] in (a, b)]
         scored = sum(cell["state"] == "scored" for cell in cells)
         return f"Not known yet: of the {len(cells)} cells that would tell, {scored} are scored, none of them a pair."
-    metric = report["plan"]["primary"]["metric"]
-    shown = row["p"] < LEVEL and (row["low"] > 0 or row["high"] < 0)
-    verdict = ("Yes" if row["difference"] > 0 else "No, it harms") if shown else "Not shown"
     between = " and ".join(
         f"{percent(row[key])} % {IN_WORDS.get(side, f'in arm {side}')}" for key, side in (("mean_a", a), ("mean_b", b))
     )
-    text = f"{verdict}. {METRICS[metric].capitalize()} is {between}: {difference(row)} points, p {is_p(row['p'])}."
+    metric = METRICS[row["metric"]]
+    text = f"{_verdict(row)}. {metric[0].upper()}{metric[1:]} is {between}: {sure(row)}. {about(row, report)}"
     for placebo in rows:
         if (placebo["a"], placebo["b"]) == (a, "random"):
-            text += f" Against another article's text of the same length it is {difference(placebo)}."
-    return text
+            text += f" Against another article's text of the same length it is {difference(placebo)} {unit(placebo)}."
+    return text + _better_without_a_model(report, row)
+
+
+def _verdict(row: Row) -> str:
+    if row["p"] is None:
+        found = "Not known"
+    elif row["p"] >= LEVEL:
+        found = "Not shown"
+    else:
+        found = "Yes" if row["difference"] > 0 else "No, it harms"
+    if row["scope"] == "seeds and articles":
+        return found
+    pairs = "this one pair" if row["seeds"] == 1 else f"these {row['seeds']} pairs"
+    return f"{found}, for {pairs} of trained models alone"
+
+
+def about(row: Row, report: dict[str, Any]) -> str:
+    """Returns a sentence on what is drawn anew in a contrast's interval and p, and why no more is."""
+    if row["scope"] == "seeds and articles":
+        return "The 95 % interval and p are over new seeds and new articles."
+    if row["seeds"] == 1:
+        why = "one seed tells nothing of how another would turn out"
+    elif row["seeds"] < FEWEST_SEEDS:
+        by_seed = [points(float(value)) for value in row["difference_by_seed"].split("; ")]
+        given = f"{' and '.join(by_seed)} {unit(row)}"
+        why = f"the seeds give {given}, and two are too few to tell how far a third may differ"
+    else:
+        why = (
+            f"beside {row['seeds']} seeds, {report['articles']} articles are too few to speak of others of both "
+            f"({FEWEST_ARTICLES_WITH_SEEDS} are needed)"
+        )
+    return f"The 95 % interval and p are over new articles alone, for these trained models: {why}."
+
+
+def scope_note(report: dict[str, Any]) -> str:
+    """Returns a sentence on what is drawn anew in the report's intervals."""
+    rows = [row["scope"] for row in report["figures"]["contrasts"] if row["seeds"]]
+    rows += [row["exact_scope"] for row in report["table"] if row["model"] != "baseline" and row["seeds_done"]]
+    alone = "over new articles alone, for these trained models"
+    needed = f"there are fewer than {FEWEST_SEEDS} seeds or {FEWEST_ARTICLES_WITH_SEEDS} articles"
+    if "seeds and articles" not in rows:
+        return f"The 95 % intervals, marked °, and p are {alone}: {needed}."
+    if "articles" not in rows:
+        return "The 95 % intervals and p are over new seeds and new articles; those of baselines, °, over new articles."
+    return f"The 95 % intervals and p are over new seeds and new articles; with ° they are {alone}, where {needed}."
+
+
+def _better_without_a_model(report: dict[str, Any], row: Row) -> str:
+    """Returns a sentence on the best baseline where it beats the first arm of the contrast."""
+    metric = row["metric"]
+    best = max((of for of in report["table"] if of["model"] == "baseline"), key=lambda of: of[metric])
+    if best[metric] <= row["mean_a"]:
+        return ""
+    return (
+        f" But without any model, the baseline {best['side']!r} reaches {METRICS[metric]} {percent(best[metric])} %, "
+        f"more than the {percent(row['mean_a'])} % of arm {row['a']}."
+    )
 
 
 def draw_pictures(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -210,7 +273,8 @@ def draw_pictures(report: dict[str, Any]) -> list[dict[str, Any]]:
             if any(row.get("seeds", 1) for row in of_model)
         }
         if svgs:
-            drawn.append({"name": picture.name, "title": picture.title, "caption": picture.caption, "svgs": svgs})
+            caption = picture.caption.format(metric=METRICS[report["plan"]["primary"]["metric"]])
+            drawn.append({"name": picture.name, "title": picture.title, "caption": caption, "svgs": svgs})
     return drawn
 
 
@@ -226,16 +290,23 @@ def render(name: str, report: dict[str, Any], drawn: list[dict[str, Any]]) -> st
     )
     environment.filters |= {
         "percent": percent, "points": points, "p": p_value, "is_p": is_p, "count": count, "big": big,
-        "difference": difference,
+        "difference": difference, "sure": sure,
     }  # fmt: skip
     return environment.get_template(name).render(
         report=report,
         plan=report["plan"],
         pictures=drawn,
         contrasts=report["figures"]["contrasts"],
+        about=about,
+        scope_note=scope_note(report),
+        interval=interval,
+        reasons=sorted({row["unknown"] for row in report["figures"]["contrasts"] if row.get("unknown")}),
         states=Counter(cell["state"] for cell in report["cells"]),
         plan_text=json.dumps(report["plan"], indent=1, ensure_ascii=False),
+        key=report["plan"]["primary"]["metric"],
         metric=METRICS[report["plan"]["primary"]["metric"]],
+        short=SHORT[report["plan"]["primary"]["metric"]],
+        no_interval=NO_INTERVAL,
         declared=DECLARED,
         biases=OVERLAP_BIASES,
         level=LEVEL,
@@ -288,9 +359,28 @@ def points(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{value:+.{digits}f}".replace("-", "−")
 
 
+def interval(low: float | None, high: float | None, scope: str = "", signed: bool = False) -> str:
+    """[79.0, 83.7], with ° where only articles are drawn anew, or [–] where there is none."""
+    form = points if signed else percent
+    return "[–]" if low is None else f"[{form(low)}, {form(high)}]{'°' if scope == 'articles' else ''}"
+
+
 def difference(row: Row) -> str:
-    """+81.4 [79.0, 83.7]."""
-    return f"{points(row['difference'])} [{points(row['low'])}, {points(row['high'])}]"
+    """+81.4 [+79.0, +83.7]."""
+    return f"{points(row['difference'])} {interval(row['low'], row['high'], row['scope'], signed=True)}"
+
+
+def unit(row: Row) -> str:
+    """EM points."""
+    return f"{SHORT[row['metric']]} points"
+
+
+def sure(row: Row) -> str:
+    """+81.4 EM points [+79.0, +83.7], p = .013; or why there is neither interval nor p."""
+    if row["unknown"]:
+        return f"{points(row['difference'])} {unit(row)}, without interval and p ({row['unknown']})"
+    ends = interval(row["low"], row["high"], signed=True)
+    return f"{points(row['difference'])} {unit(row)} {ends}, p {is_p(row['p'])}"
 
 
 def p_value(value: float | None) -> str:
@@ -302,10 +392,10 @@ def p_value(value: float | None) -> str:
     return (f"{value:.3f}" if value < 0.1 else f"{value:.2f}").removeprefix("0")
 
 
-def is_p(value: float) -> str:
+def is_p(value: float | None) -> str:
     """= .013 or < .001, to follow the letter p."""
     text = p_value(value)
-    return text if text.startswith("<") else f"= {text}"
+    return text if text[0] in "<–" else f"= {text}"
 
 
 def count(value: float | None) -> str:

@@ -17,16 +17,20 @@ from babl.experiment.run import conditions, read_json, scores_of, weights_hash
 def mismatches(plan: Plan) -> list[str]:
     """Returns a line for everything that is not what the plan, or a later stage, says it is."""
     found = [*_data(plan), *_surroundings(plan)]
-    orders: dict[int, set[str]] = defaultdict(set)
+    orders: dict[tuple[str, int, str], set[str]] = defaultdict(set)  # models and trials may differ in steps
     for cell in (*plan.trials, *plan.cells):
         folder = plan.folder / "cells" / cell.id
         trained = read_json(folder / "trained.json")
         if trained and not trained["failed"]:
-            orders[cell.seed].add(trained["order"])
+            orders[cell.model, cell.seed, str(cell.settings)].add(trained["order"])
             if weights_hash(folder / "run" / "checkpoints" / "latest") != trained["weights"]:
                 found.append(f"{cell.id}: the weights are not those that were trained")
         found += _scores(plan, cell)
-    found += [f"seed {s}: arms were trained in {len(o)} different orders" for s, o in orders.items() if len(o) > 1]
+    found += [
+        f"{model}, seed {seed}: arms were trained in {len(seen)} different orders"
+        for (model, seed, _), seen in orders.items()
+        if len(seen) > 1
+    ]
     return found
 
 

@@ -87,7 +87,9 @@ def test_the_table_says_which_way_and_which_p_is_naive(compare):
     assert rows["A"][-2:] == ["25.00", "25.00"] and rows["B"][-2:] == ["50.00", "50.00"]
     assert rows["B - A"] == ["25.00", "25.00"]
     assert rows["p, McNemar (naive)"] == ["0.2379", "-"]
-    assert rows["95 % interval over articles"] == ["25.00", "to", "25.00", "25.00", "to", "25.00"]
+    assert rows["95 % interval, new articles"] == rows["SE, clustered by article"] == ["-", "-"]
+    assert "-: all articles agree exactly, so nothing shows how far others would differ" in lines
+    assert "intervals and p are about these two models; another seed may give others" in lines
     assert rows["questions B answers better"] == ["12", "12"] and rows["questions equal"] == ["6", "6"]
     assert "B right, A wrong:" in lines and "    gold 'w1', A 'nothing of the kind', B 'w1'" in lines
 
@@ -119,20 +121,79 @@ def test_a_file_compared_with_itself_differs_by_nothing(compare):
     code, out, _ = compare(data_set(), same, same, "--json")
     exact = json.loads(out)["exact"]
     assert code == 0
-    assert (exact["difference"], exact["interval"], exact["standard_error"]) == (0, [0, 0], 0)
+    assert (exact["difference"], exact["interval"], exact["standard_error"]) == (0, None, None)
     assert exact["p_randomisation"] == exact["p_mcnemar_naive"] == 1
 
 
-def test_one_article_has_no_interval(compare):
+@pytest.mark.parametrize(("articles", "reason"), [(1, "1 article, and"), (4, "4 articles, and"), (5, None)])
+def test_fewer_than_five_articles_have_no_interval(compare, articles, reason):
     data = data_set()
-    data["data"] = data["data"][:1]
-    a, b = {f"0-{j}": "w0" for j in range(4)}, {f"0-{j}": f"w{j}" for j in range(4)}
+    data["data"] = data["data"][:articles]
+    ids = [(i, j) for i in range(articles) for j in range(4)]
+    a, b = {f"{i}-{j}": "w0" for i, j in ids}, {f"{i}-{j}": f"w{j if i else 0}" for i, j in ids}
     code, out, _ = compare(data, a, b, "--json")
     exact = json.loads(out)["exact"]
-    assert code == 0 and exact["p_randomisation"] == 1
-    assert exact["interval"] is exact["standard_error"] is exact["minimal_detectable_effect"] is None
+    figures = [exact[key] for key in ("interval", "standard_error", "minimal_detectable_effect")]
+    assert code == 0 and 0 < exact["p_randomisation"] <= 1
+    if reason is None:
+        assert None not in figures and "no_interval" not in exact
+        return
+    assert figures == [None] * 3 and exact["no_interval"] == f"{reason} an interval needs 5"
     code, out, _ = compare(data, a, b)
-    assert code == 0 and [line.split()[-2:] for line in out.splitlines() if "interval" in line] == [["-", "-"]]
+    assert code == 0 and [line.split()[-2:] for line in out.splitlines() if "95 % interval" in line] == [["-", "-"]]
+    assert out.count(f"-: {reason} an interval needs 5\n") == 1
+
+
+def test_three_questions_that_all_differ_are_no_certainty(compare):
+    data = data_set()
+    data["data"] = data["data"][:3]
+    for article in data["data"]:
+        article["paragraphs"][0]["qas"] = article["paragraphs"][0]["qas"][:1]
+    code, out, _ = compare(data, {f"{i}-0": "no" for i in range(3)}, {f"{i}-0": "w0" for i in range(3)})
+    assert code == 0 and "100.00 to" not in out and "0.00 to" not in out
+    rows = {line[:27].strip(): line[27:].split() for line in out.splitlines() if line}
+    assert rows["B - A"] == ["100.00", "100.00"] and rows["detectable with power .8"] == ["-", "-"]
+    assert float(rows["p, randomisation by article"][0]) == pytest.approx(0.25, abs=0.005)  # two of eight signs
+
+
+def test_the_questions_that_both_have_are_compared_on_request(compare):
+    a, b = answers(lambda i, j: j == 0), answers(lambda i, j: j in (0, 1 + (i > 2)))
+    del a["0-0"], b["0-1"], b["5-3"]
+    code, out, err = compare(data_set(), a, b)
+    assert (code, out) == (2, "")
+    assert "a.json: 1 of 24 questions of the data missing, first 0-0; --common compares the 21 that both" in err
+    code, out, _ = compare(data_set(), a, b, "--common", "--json")
+    found = json.loads(out)
+    assert (code, found["questions"], found["left_out"], found["articles"]) == (0, 21, 3, 6)
+    assert (found["exact"]["a"], found["exact"]["b"]) == pytest.approx((100 * 5 / 21, 100 * 10 / 21))
+    assert (found["exact"]["b_better"], found["exact"]["a_better"]) == (5, 0)
+    out = compare(data_set(), a, b, "--common")[1]
+    assert "21 questions of 6 articles, SQuAD 1.1; 3 left out, which not both have" in out.splitlines()
+    code, out, err = compare(data_set(), {"0-0": "w0"}, {"0-1": "w1"}, "--common")
+    assert (code, out) == (2, "") and "have no question in common" in err
+
+
+def test_rewritten_questions_are_scored_against_their_own_answers(compare, tmp_path):
+    """B was asked the counterfactual questions, one of which could not be built."""
+    rewritten = data_set()
+    for article in rewritten["data"]:
+        paragraph = article["paragraphs"][0]
+        paragraph["context"] = paragraph["context"].replace("w", "v")
+        for qa in paragraph["qas"]:
+            qa["answers"][0]["text"] = qa["answers"][0]["text"].replace("w", "v")
+    del rewritten["data"][0]["paragraphs"][0]["qas"][0]
+    (tmp_path / "questions.json").write_text(json.dumps(rewritten))
+    reads = {qid: text.replace("w", "v") for qid, text in answers(lambda i, j: j < 3).items() if qid != "0-0"}
+    options = ("--data-b", str(tmp_path / "questions.json"), "--common", "--json")
+    code, out, _ = compare(data_set(), answers(lambda i, j: j < 2), reads, *options)
+    found = json.loads(out)
+    assert (code, found["questions"], found["left_out"]) == (0, 23, 1)
+    assert (found["exact"]["a"], found["exact"]["b"]) == pytest.approx((100 * 11 / 23, 100 * 17 / 23))
+    shown = found["b_better_examples"][0]
+    assert (shown["id"], shown["golds"], shown["golds_b"], shown["b"]) == ("0-2", ["w2"], ["v2"], "v2")
+    assert (
+        json.loads(compare(data_set(), answers(lambda i, j: True), reads, "--common", "--json")[1])["exact"]["b"] == 0
+    )
 
 
 def test_predictions_of_other_questions_are_refused(compare):
@@ -147,7 +208,7 @@ def test_predictions_of_other_questions_are_refused(compare):
     ):
         code, out, err = compare(data_set(), a, b)
         assert (code, out) == (2, "")
-        assert err.count("\n") == 1 and f"{file}.json: {message}\n" in err
+        assert err.count("\n") == 1 and f"{file}.json: {message}" in err
 
 
 def test_the_command_on_real_questions(shared, tmp_path):

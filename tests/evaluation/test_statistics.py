@@ -1,25 +1,23 @@
 import math
-import time
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from babl.evaluation.statistics import (
-    cluster_bootstrap,
     cluster_standard_error,
-    crossed_bootstrap,
-    crossed_interval,
     crossed_standard_error,
-    crossed_test,
     equivalence_test,
+    estimate,
     expected_standard_error,
     holm,
     mcnemar,
     minimal_detectable_effect,
     power,
     randomisation_test,
+    redrawn_standard_error,
     seed_sign_test,
+    too_few,
     variance_components,
 )
 
@@ -31,47 +29,85 @@ def articles(sizes):
 
 @pytest.fixture
 def uneven():
-    """Differences (4, N) of four seeds on 12 articles of 2 to 13 questions, with effects of everything; and names."""
-    rng, names = np.random.default_rng(3), articles(range(2, 14))
+    """Differences (4, N) of four seeds on 15 articles of 2 to 16 questions, with effects of everything; and names."""
+    rng, names = np.random.default_rng(3), articles(range(2, 17))
     member = np.unique(names, return_inverse=True)[1]
-    values = rng.normal(1, 2, (4, 1)) + rng.normal(0, 3, 12)[member] + rng.normal(0, 5, len(names))
+    values = rng.normal(1, 2, (4, 1)) + rng.normal(0, 3, 15)[member] + rng.normal(0, 5, len(names))
     return values + rng.normal(0, 4, (4, len(names))), names
 
 
-def test_identical_clusters_leave_no_doubt():
-    assert cluster_bootstrap(np.array([1.0, 0.0] * 10), [f"c{i // 2}" for i in range(20)]) == (0.5, 0.5)
-
-
 def test_answers_that_agree_within_an_article_widen_the_interval():
-    values = np.repeat([0.0, 1.0], 50)
+    values = np.repeat([0.0, 100.0], 50)
     by_article = [f"a{i // 10}" for i in range(100)]  # ten articles, each all right or all wrong
-    low, high = cluster_bootstrap(values, by_article)
-    narrow_low, narrow_high = cluster_bootstrap(values, [str(i) for i in range(100)])
-    assert high - low > 2 * (narrow_high - narrow_low)
+    for kind in ("interval", "score_interval"):
+        low, high = getattr(estimate(values[None], by_article), kind)()
+        narrow_low, narrow_high = getattr(estimate(values[None], [str(i) for i in range(100)]), kind)()
+        assert high - low > 2 * (narrow_high - narrow_low)
 
 
-def test_single_question_clusters_are_the_ordinary_bootstrap():
+def test_redrawing_articles_of_one_question_is_the_ordinary_bootstrap():
     values = np.random.default_rng(1).random(40)
-    ours = cluster_bootstrap(values, [str(i) for i in range(40)])
-    theirs = stats.bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval
-    assert ours == pytest.approx((theirs.low, theirs.high), abs=0.01)
-
-
-def test_the_interval_covers_the_truth_as_often_as_it_says():
-    rng, hits = np.random.default_rng(0), 0
-    for trial in range(200):
-        by_article = rng.normal(0.5, 0.2, 30)
-        values = (by_article[:, None] + rng.normal(0, 0.1, (30, 5))).ravel()
-        low, high = cluster_bootstrap(values, [f"a{i // 5}" for i in range(150)], samples=500, seed=trial)
-        hits += low <= 0.5 <= high
-    assert hits / 200 > 0.88
+    theirs = stats.bootstrap((values,), np.mean, rng=0, n_resamples=10_000).standard_error
+    ours = redrawn_standard_error(values, [str(i) for i in range(40)])
+    assert ours == pytest.approx(theirs * math.sqrt(40 / 39), rel=0.03) == pytest.approx(stats.sem(values), rel=0.03)
 
 
 def test_one_seed_and_equal_articles_are_the_t_test_of_the_articles_means():
     values = np.random.default_rng(0).normal(0.3, 1, (1, 60))
     theirs = stats.ttest_1samp(values.reshape(15, 4).mean(1), 0)
-    assert crossed_test(values, articles([4] * 15)) == pytest.approx(theirs.pvalue)
-    assert crossed_interval(values, articles([4] * 15)) == pytest.approx(theirs.confidence_interval())
+    ours = estimate(values, articles([4] * 15))
+    assert (ours.scope, ours.unknown) == ("articles", "")
+    assert ours.p == pytest.approx(theirs.pvalue)
+    assert ours.interval() == pytest.approx(theirs.confidence_interval())
+
+
+def test_scores_of_independent_questions_have_wilsons_interval():
+    right = np.repeat([100.0, 0.0], [37, 463])
+    theirs = stats.binomtest(37, 500).proportion_ci(method="wilson")
+    low, high = estimate(right[None], [str(i) for i in range(500)]).score_interval()
+    assert (low / 100, high / 100) == pytest.approx(theirs, rel=0.01)  # Student's quantile, and n - 1
+    assert 0 < low < 7.4 < high
+
+
+def test_conclusions_are_about_the_trained_models_where_seeds_or_articles_are_few(uneven):
+    values, names = uneven
+    assert estimate(values, names).scope == estimate(values[:3], names).scope == "seeds and articles"
+    for few in (values[:1], values[:2]):
+        assert estimate(few, names).scope == "articles"
+        alone = estimate(few.mean(0)[None], names)  # the seeds' mean is one model's score
+        assert estimate(few, names).interval() == pytest.approx(alone.interval())
+    fewer = names != "article 14"
+    assert estimate(values[:, fewer], names[fewer]).scope == "articles"
+    assert estimate(values, names, "articles").error < estimate(values, names).error
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ([300], "1 article, and an interval needs 5"),
+        ([3, 3, 3, 3], "4 articles, and an interval needs 5"),
+        ([1] * 30 + [300], "one article holds 91% of the questions, and an interval needs all to hold at most a third"),
+        ([4, 4, 3, 3, 4], ""),
+        ([20, 8, 8, 8, 8, 8], ""),
+    ],
+)
+def test_articles_that_are_too_few_or_too_unequal_give_a_reason_and_no_interval(sizes, reason):
+    assert too_few(sizes) == reason
+    found = estimate(np.random.default_rng(0).normal(0, 1, (1, sum(sizes))), articles(sizes))
+    nothing = (found.interval(), found.score_interval(), found.p, found.p_equivalent(1.0), found.detectable)
+    assert found.unknown == reason and all((value is None) == bool(reason) for value in nothing[:1] + nothing[2:])
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_scores_that_do_not_differ_between_articles_are_no_certainty(seeds):
+    names = articles([3] * 20)
+    alike = np.tile([100 / 3, 200 / 3, 0.1], 20)  # within each article they differ, its means do not
+    for values in (np.full((seeds, 60), 100.0), np.zeros((seeds, 60)), np.tile(alike, (seeds, 1))):
+        found = estimate(values, names)
+        assert found.unknown == "all articles agree exactly, so nothing shows how far others would differ"
+        assert [found.error, found.interval(), found.p, found.p_equivalent(1.0), found.detectable] == [None] * 5
+    assert randomisation_test(np.zeros((3, 60)), names, draws=99) == seed_sign_test(np.zeros((3, 60))) == 1
+    assert list(variance_components(np.full((3, 60), 0.1), names).values()) == pytest.approx([0] * 4, abs=1e-20)
 
 
 def test_the_variance_is_that_of_a_crossed_analysis_of_variance():
@@ -105,8 +141,8 @@ def test_unequal_articles_are_left_out_one_at_a_time(uneven):
     values, names = uneven
     one_seed = values[:1]
     left_out = np.array([one_seed[:, names != name].mean() for name in np.unique(names)])
-    weights = np.array(range(2, 14)) / len(names)
-    expected = 11 / 12 * ((left_out - one_seed.mean()) ** 2).sum()
+    weights = np.array(range(2, 17)) / len(names)
+    expected = 14 / 15 * ((left_out - one_seed.mean()) ** 2).sum()
     assert crossed_standard_error(one_seed, names) == pytest.approx((math.sqrt(expected), 1 / (weights**2).sum() - 1))
 
 
@@ -114,50 +150,30 @@ def test_an_effect_of_the_seed_widens_the_primary_interval_and_leaves_the_models
     names, rng = articles([5] * 20), np.random.default_rng(0)
     values = rng.normal(0, 1, 100) + rng.normal(0, 0.1, (3, 100))
     apart = values + np.array([[-1.0], [0.0], [1.0]])
-    same, wide = crossed_interval(values, names), crossed_interval(apart, names)
-    assert wide[1] - wide[0] > 4 * (same[1] - same[0])
-    assert cluster_bootstrap(values.mean(0), names) == pytest.approx(cluster_bootstrap(apart.mean(0), names))
+    assert estimate(apart, names).error > 4 * estimate(values, names).error
+    assert estimate(apart, names, "articles").error == pytest.approx(estimate(values, names, "articles").error)
 
 
 def test_the_interval_excludes_0_exactly_where_the_test_rejects(uneven):
     values, names = uneven
     rejected = []
     for shift in np.linspace(-12, 12, 49):
-        low, high = crossed_interval(values + shift, names)
-        rejected.append(crossed_test(values + shift, names) < 0.05)
+        found = estimate(values + shift, names)
+        low, high = found.interval()
+        rejected.append(found.p < 0.05)
         assert rejected[-1] == (not low <= 0 <= high)
     assert 0 < sum(rejected) < 49
 
 
-@pytest.mark.parametrize("interval", [crossed_interval, crossed_bootstrap])
-def test_intervals_keep_the_unit_and_do_not_depend_on_order(uneven, interval):
+def test_intervals_keep_the_unit_and_do_not_depend_on_order(uneven):
     values, names = uneven
-    low, high = interval(values, names)
-    assert interval(values, names) == (low, high), "repeated, the same"
-    assert interval(100 * values, names) == pytest.approx((100 * low, 100 * high))
+    low, high = estimate(values, names).interval()
+    assert estimate(100 * values, names).interval() == pytest.approx((100 * low, 100 * high))
     order = np.random.default_rng(0).permutation(len(names))
-    assert interval(values[:, order], names[order]) == pytest.approx((low, high))
+    assert estimate(values[:, order], names[order]).interval() == pytest.approx((low, high))
     assert low < values.mean() < high
-    inner = interval(values, names, level=0.5)
+    inner = estimate(values, names).interval(level=0.5)
     assert low < inner[0] < inner[1] < high
-
-
-def test_the_bootstrap_is_as_wide_as_the_students_interval_and_leans_as_the_articles_do(uneven):
-    values, names = uneven
-    drawn, student = crossed_bootstrap(values, names), crossed_interval(values, names)
-    assert drawn[1] - drawn[0] == pytest.approx(student[1] - student[0], rel=0.06)
-    skewed = np.zeros((3, 200))
-    skewed[:, :10] = 1.0  # one article of twenty has it all
-    low, high = crossed_bootstrap(skewed, articles([10] * 20))
-    assert high - skewed.mean() > 1.5 * (skewed.mean() - low)
-
-
-def test_redraws_of_six_seeds_and_48_articles_take_well_under_a_second():
-    values, names = np.random.default_rng(0).random((6, 10_570)), [f"article {i % 48}" for i in range(10_570)]
-    begun = time.perf_counter()
-    crossed_bootstrap(values, names)
-    randomisation_test(values - 0.5, names)
-    assert time.perf_counter() - begun < 1
 
 
 def test_many_articles_are_redrawn_in_blocks_that_fit_in_memory():
@@ -165,18 +181,18 @@ def test_many_articles_are_redrawn_in_blocks_that_fit_in_memory():
 
     values, names = np.random.default_rng(0).random((2, 20_000)) - 0.5, [str(i) for i in range(20_000)]
     tracemalloc.start()
-    low, high = crossed_bootstrap(values, names, samples=1000)
+    redrawn = redrawn_standard_error(values[0], names, samples=1000)
     p = randomisation_test(values, names, draws=1000)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert low < values.mean() < high and 0 < p <= 1
+    assert redrawn == pytest.approx(stats.sem(values[0]), rel=0.1) and 0 < p <= 1
     assert most < 250 << 20  # all redraws at once take 480 MiB, and signs as numbers 160
 
 
 def test_randomisation_agrees_with_scipys_over_all_signs(uneven):
     values, names = uneven
     sums = np.array([values[:, names == name].sum() for name in np.unique(names)])
-    exact = stats.permutation_test((sums,), np.sum, permutation_type="samples", n_resamples=5000).pvalue  # all 2^12
+    exact = stats.permutation_test((sums,), np.sum, permutation_type="samples", n_resamples=40_000).pvalue  # all 2^15
     assert 0.01 < exact < 0.9
     assert randomisation_test(values, names) == pytest.approx(exact, abs=0.006)
     assert randomisation_test(values, names, seed=1) != randomisation_test(values, names) == randomisation_test(*uneven)
@@ -211,9 +227,8 @@ def test_cluster_robust_error_and_jackknife_and_bootstrap_agree():
     rng, names = np.random.default_rng(0), articles(np.random.default_rng(1).integers(10, 40, 48))
     values = rng.normal(0, 1, 48)[np.unique(names, return_inverse=True)[1]] + rng.normal(0, 3, len(names))
     robust, (jackknife, _) = cluster_standard_error(values, names), crossed_standard_error(values[None], names)
-    low, high = cluster_bootstrap(values, names)
     assert jackknife == pytest.approx(robust, rel=0.05)
-    assert (high - low) / (2 * 1.96) == pytest.approx(robust, rel=0.05)
+    assert redrawn_standard_error(values, names) == pytest.approx(robust, rel=0.05)
 
 
 def test_variance_components_are_found_again():
@@ -264,10 +279,23 @@ def test_mcnemar_is_statsmodels_exact_test():
 def test_mcnemar_takes_questions_of_one_article_for_independent():
     names, wins = articles([20] * 10), np.repeat([1.0] * 7 + [-1.0] * 3, 20)  # 7 articles better, 3 worse
     assert mcnemar(wins > 0, wins < 0) < 1e-6
-    assert randomisation_test(wins[None], names) > 0.3 and crossed_test(wins[None], names) > 0.1
+    assert randomisation_test(wins[None], names) > 0.3 and estimate(wins[None], names).p > 0.1
+
+
+def test_holm_is_statsmodels():
+    from statsmodels.stats.multitest import multipletests
+
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 7, 30):
+        p = rng.random(size) ** 3
+        theirs = multipletests(p, method="holm")[1]
+        assert list(holm({str(i): value for i, value in enumerate(p)}).values()) == pytest.approx(theirs)
 
 
 def test_holm_multiplies_the_smallest_by_how_many_there_are():
+    """The example that Wikipedia's article "Holm-Bonferroni method" works through: H1 and H4 are rejected at .05."""
+    found = holm({"H1": 0.01, "H2": 0.04, "H3": 0.03, "H4": 0.005})
+    assert found == pytest.approx({"H1": 0.03, "H2": 0.06, "H3": 0.06, "H4": 0.02})
     assert holm({"b": 0.04, "a": 0.01, "c": 0.03}) == pytest.approx({"b": 0.06, "a": 0.03, "c": 0.06})
     assert list(holm({"b": 0.04, "a": 0.01})) == ["b", "a"]
     assert holm({}) == {}
@@ -280,7 +308,6 @@ def test_equivalence_is_statsmodels_where_questions_are_independent():
         a, b = np.random.default_rng(seed).normal(0, 1, (2, 300))
         theirs = ttost_paired(a, b, -margin, margin)[0]
         assert equivalence_test((a - b).mean(), stats.sem(a - b), margin, 299) == pytest.approx(theirs)
-    assert equivalence_test(0.5, 0.0, 1.0, 4) == 0 and equivalence_test(1.5, 0.0, 1.0, 4) == 1
 
 
 def test_power_is_statsmodels():
@@ -300,33 +327,6 @@ def test_the_minimal_effect_is_found_with_the_power_asked_for():
             effect = minimal_detectable_effect(2.0, wanted, 0.01, df)
             assert power(effect, 2.0, 0.01, df) == pytest.approx(wanted)
     assert minimal_detectable_effect(1, df=2) > minimal_detectable_effect(1, df=5) > minimal_detectable_effect(1)
-    assert minimal_detectable_effect(0.0) == 0 and minimal_detectable_effect(math.inf) == math.inf
-
-
-def test_seeds_and_articles_that_differ_only_together_still_leave_doubt():
-    values = np.array([[1.0, -1.0], [-1.0, 1.0]])
-    low, high = crossed_bootstrap(values, ["a", "b"])
-    assert (low, high) == crossed_interval(values, ["a", "b"]) and low < 0 < high
-    assert math.isfinite(high)
-
-
-def test_one_article_says_nothing_about_others():
-    values, names = np.random.default_rng(0).random((3, 10)), ["a"] * 10
-    assert crossed_standard_error(values, names)[0] == cluster_standard_error(values[0], names) == math.inf
-    assert crossed_interval(values, names) == crossed_bootstrap(values, names) == (-math.inf, math.inf)
-    assert crossed_test(values, names) == randomisation_test(values, names, draws=99) == 1
-    assert variance_components(values, names)["article"] == 0
-
-
-def test_scores_that_are_all_equal_leave_no_doubt():
-    names = articles([2, 3, 4])
-    for value in (0.0, 0.1, 100.0):
-        values = np.full((3, 9), value)
-        for interval in (crossed_interval, crossed_bootstrap):
-            assert interval(values, names) == pytest.approx((value, value), rel=1e-12)
-        assert crossed_test(values, names) == (value == 0)
-        assert list(variance_components(values, names).values()) == pytest.approx([0, 0, 0, 0], abs=1e-20)
-    assert randomisation_test(np.zeros((3, 9)), names, draws=99) == seed_sign_test(np.zeros((3, 9))) == 1
 
 
 def test_a_true_null_with_effects_of_seed_and_article_is_rejected_about_as_often_as_the_level_says():
@@ -335,7 +335,7 @@ def test_a_true_null_with_effects_of_seed_and_article_is_rejected_about_as_often
     for _ in range(400):
         values = rng.normal(0, 3, (4, 1)) + rng.normal(0, 10, 40)[names] + rng.normal(0, 30, (400))
         values = values + rng.normal(0, 20, (4, 400))
-        p.append(crossed_test(values, names))
+        p.append(estimate(values, names).p)
         models_only.append(randomisation_test(values, names, draws=199))
     assert 0.02 < np.mean(np.array(p) < 0.05) < 0.08
     assert np.mean(np.array(models_only) <= 0.05) > 0.1, "which is why it is not the primary test"

@@ -54,12 +54,15 @@ def answer(arm, condition, example, view, others, rng):
 
 
 class Experiment:
-    """Writes the folder, piece by piece."""
+    """Writes the folder, piece by piece.
 
-    def __init__(self, folder, dev_articles=6):
-        self.folder = folder
+    `says(arm, example, view, rng)` may be set, and is what the models answer then.
+    """
+
+    def __init__(self, folder, dev_articles=15, seeds=SEEDS, metric="exact"):
+        self.folder, self.says = folder, None
         train, dev = fictional_corpus(8, dev_articles, seed=3)
-        self.test, excluded = buildable(parse_squad(dev, "dev"))
+        self.test, excluded = buildable(parse_squad(dev, "dev")[::3])
         write(folder / "data" / "train.json", train)
         write(folder / "data" / "test.json", to_squad(self.test))
         overlap = find_overlap(parse_squad(train, "train"), self.test)
@@ -68,19 +71,19 @@ class Experiment:
         self.cells = [
             {"id": f"{arm}-{seed}", "model": MODEL, "arm": arm, "seed": seed, "settings": {}}
             for arm in ARMS
-            for seed in SEEDS
+            for seed in seeds
         ]
         self.plan = {
             "name": "known truth",
             "hypotheses": ["The context helps.", "Another article's text does not."],
-            "primary": {"contrast": ["gold", "none"], "metric": "exact"},
+            "primary": {"contrast": ["gold", "none"], "metric": metric},
             "secondary": [["gold", "random"]],
             "equivalence": [["random", "none"]],
             "margin": 1.0,
             "models": [MODEL],
             "arms": list(ARMS),
             "tests": list(TESTS),
-            "seeds": list(SEEDS),
+            "seeds": list(seeds),
             "grid": {},
             "trials": [],
             "strata": list(STRATA),
@@ -129,7 +132,11 @@ class Experiment:
         lines = [{"key": f"{cell['id']}/{condition}"}]
         golds = {}
         for example, view in zip(self.test, see(self.test, condition, 0)[0], strict=True):
-            text = answer(cell["arm"], condition, example, view, answers, rng)
+            text = (
+                self.says(cell["arm"], example, view, rng)
+                if self.says
+                else answer(cell["arm"], condition, example, view, answers, rng)
+            )
             sure = -0.1 if text == view.golds[0] else -1.5
             lines.append({"id": view.id, "prediction": text, "log_prob": sure - rng.random()})
             lines[-1] |= {
@@ -154,11 +161,25 @@ class Experiment:
         self.train(cell)
         write(self.cell(cell) / "scored.json", {condition: self.predict(cell, condition) for condition in TESTS})
 
+    def report(self):
+        """Finishes every cell and returns the report's figures and its texts by the name of the file."""
+        for cell in self.cells:
+            self.finish(cell)
+        write_report(self.folder)
+        texts = {path.name: path.read_text() for path in (self.folder / "report").iterdir()}
+        return json.loads(texts["report.json"]), texts
+
+
+@pytest.fixture(scope="session")
+def make(tmp_path_factory):
+    """A function that freezes an experiment of the options of `Experiment`, no cell done."""
+    return lambda **options: Experiment(tmp_path_factory.mktemp("experiment"), **options)
+
 
 @pytest.fixture
-def experiment(tmp_path):
+def experiment(make):
     """An experiment's folder with a frozen plan and no cell done."""
-    return Experiment(tmp_path / "experiment")
+    return make()
 
 
 @pytest.fixture(scope="session")

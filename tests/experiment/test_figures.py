@@ -7,11 +7,14 @@ from babl.experiment.figures import INK, picture
 
 CONTRASTS = [
     {"contrast": "gold − none", "role": "primary", "seeds": 3, "difference": 81.4, "low": 79.0, "high": 83.7},
-    {"contrast": "random − none", "role": "post hoc", "seeds": 3, "difference": -0.3, "low": -1.2, "high": 0.6},
+    {"contrast": "random − none", "role": "post hoc", "seeds": 1, "difference": -0.3, "low": -1.2, "high": 0.6},
     {"contrast": "blank − none", "role": "secondary", "seeds": 0},
+    {"contrast": "dead − none", "role": "secondary", "seeds": 3, "difference": 0.0, "low": None, "high": None},
 ]
+for contrast in CONTRASTS:
+    contrast |= {"metric": "f1", "scope": "articles" if contrast["seeds"] == 1 else "seeds and articles"}
 MATRIX = [
-    {"arm": arm, "condition": condition, "exact": exact}
+    {"arm": arm, "condition": condition, "metric": "exact", "exact": exact}
     for arm, condition, exact in (
         ("none", "none", 9.8),
         ("none", "gold", None),
@@ -19,7 +22,7 @@ MATRIX = [
         ("gold", "gold", 91),
     )
 ]
-STRATA = [{"stratum": "grade", "value": "name", "n": 1234, "a": 90.0, "b": 10.0}]
+STRATA = [{"stratum": "grade", "value": "name", "metric": "f1", "n": 1234, "a": 90.0, "b": 10.0}]
 CURVES = [
     {
         "arm": "gold",
@@ -33,24 +36,32 @@ CURVES = [
     for seed in range(3)
     for step in (1, 2)
 ]
-SEEDS = [{"side": "gold", "seed": seed, "exact": 90 + seed, "chance": 10.0} for seed in range(3)]
+SEEDS = [
+    {"side": "gold", "seed": seed, "metric": "exact", "exact": 90 + seed, "f1": 95, "chance_exact": 10.0}
+    for seed in range(3)
+]
 RELIABILITY = [{"side": "gold", "probability": x, "exact": x} for x in (10, 50, 90)]
-RISK = [{"side": "gold", "coverage": x, "wrong": 100 - x} for x in (10, 50, 90)]
+RISK = [{"side": "gold", "coverage": x, "not_exact": 100 - x} for x in (10, 50, 90)]
 POSITIONS = [
-    {"side": "gold", "position": p, "n": 7, "exact": 80, "low": low, "high": 90} for p, low in (("0", 70), ("3+", None))
+    {"side": "gold", "position": p, "n": 7, "metric": "f1", "f1": 80, "f1_low": low, "f1_high": 90}
+    for p, low in (("0", 70), ("3+", None))
 ]
 ERRORS = [{"side": "gold", "kind": kind, "percent": share} for kind, share in (("right", 91), ("boundary", 9))]
 SAME_ARM = [{"kind": kind, "p": p} for kind in ("seeds", "dealt") for p in (0.01, 0.5, 1.0)]
 
 DRAWN = [
-    (figures.forest, CONTRASTS, ["gold − none", "+81.4 [+79.0, +83.7]", "−0.3 [−1.2, +0.6]", "difference, points"]),
+    (
+        figures.forest,
+        CONTRASTS,
+        ["gold − none", "+81.4 [+79.0, +83.7]", "−0.3 [−1.2, +0.6]°", "+0.0 [–]", "difference, F1 points"],
+    ),
     (figures.heat_map, MATRIX, ["trained", "tested", "10", "–", "91"]),
-    (figures.strata, STRATA, ["grade", "name (1,234)", "score, %"]),
+    (figures.strata, STRATA, ["grade", "name (1,234)", "F1, %"]),
     (figures.learning_curves, CURVES, ["examples seen", "floating-point operations", "gold"]),
-    (figures.seed_strip, SEEDS, ["gold", "chance", "exact match, %"]),
+    (figures.seed_strip, SEEDS, ["gold", "chance", "EM, %"]),
     (figures.reliability, RELIABILITY, ["gold", "probability the model gives its answer, %"]),
-    (figures.risk, RISK, ["answers given, %", "wrong among them, %"]),
-    (figures.positions, POSITIONS, ["n = 7", "3+", "exact match, %"]),
+    (figures.risk, RISK, ["answers given, %", "no exact match among them, %"]),
+    (figures.positions, POSITIONS, ["n = 7", "3+", "F1, %"]),
     (figures.errors, ERRORS, ["right", "boundary", "91", "answers, %"]),
     (figures.same_arm, SAME_ARM, ["seed against seed (3)", "articles dealt by coin (3)", "p"]),
 ]
@@ -108,8 +119,8 @@ def test_percentages_begin_at_zero(draw, rows):
 
 def test_a_contrast_without_seeds_is_not_drawn_and_a_post_hoc_one_is_hollow():
     dots = [line for line in axes_of(figures.forest, CONTRASTS)[0].lines if line.get_marker() == "o"]
-    assert [line.get_markerfacecolor() for line in dots] == [figures.COLOURS["gold"], "none"]
-    assert [float(line.get_xdata()[0]) for line in dots] == [81.4, -0.3]
+    assert [line.get_markerfacecolor() for line in dots] == [figures.COLOURS["gold"], "none", figures.COLOURS["random"]]
+    assert [float(line.get_xdata()[0]) for line in dots] == [81.4, -0.3, 0.0]
 
 
 def test_the_mean_curve_leaves_failed_seeds_out():

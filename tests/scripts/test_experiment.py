@@ -158,10 +158,13 @@ def test_out_of_time_it_leaves_and_goes_on(babl, start, done, tmp_path):
 
 
 def test_a_dry_run_tells_what_it_would_take_and_freezes_nothing(babl, tmp_path):
-    code, out, err = babl(tmp_path, "run", "--dry-run", "experiment.seeds=[0, 1]")
+    options = ("experiment.seeds=[0, 1]", "experiment.metric=f1", "experiment.test_articles=6")
+    code, out, err = babl(tmp_path, "run", "--dry-run", *options)
     assert code == 0, err
     assert out.count("model-gold-s") == 2 and "4 cells and 0 trials" in out
     assert "minutes" in out and "MiB" in out and "power .8" in out
+    assert "smallest difference in F1 points that 2 seeds and 6 articles find" in out
+    assert "over new articles alone, for these models" in out and "EM" not in out
     assert not (tmp_path / "tiny").exists()
 
 

@@ -21,18 +21,16 @@ transformers encodes it (`encode_chat`). An added token that the template or a c
 it is flagged special or not.
 """
 
-import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import sentencepiece
 import tokenizers
 
 from babl.errors import UserError
+from babl.text.backends import NAMES, Backend, JsonBackend, SentencePieceBackend
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
 SIDE_FILES = (
@@ -42,183 +40,6 @@ SIDE_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-
-_NAMES = ("pad", "eos", "bos", "unk")
-_SPACE = "▁"  # how SentencePiece writes a space inside a piece
-_BYTE_SPACE = "Ġ"  # how byte-level BPE does
-_SENTINEL = re.compile(r"<extra_id_\d+>")
-_BRACKETED = re.compile(r"<\S+>|\[\S+\]")  # as control tokens are written, and words are not
-
-
-class _Backend(Protocol):
-    """What the two libraries are reduced to."""
-
-    vocab_size: int
-    special: frozenset[int]  # ids that stand for no text
-    control: dict[str, int]  # the written forms of those among them that are not T5's sentinels
-    strips: dict[
-        str, tuple[bool | None, bool | None]
-    ]  # of control tokens: whether they take the spaces before them, and after
-    words: dict[str, int]  # recognised in any text: T5's sentinels, and words added beside a SentencePiece model
-    own_ids: dict[str, int]  # pad, eos, bos, unk as far as the tokenizer file itself names them
-    prefixes_space: bool  # a space is put before whatever is encoded
-    begins_with: int | None  # the id that the tokenizer file itself puts before every text
-
-    @property
-    def spaces_after_control(self) -> bool: ...  # that space is also put before a text that follows a control token
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
-
-    def token_starts(self, texts: Sequence[str]) -> list[list[int]]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-    def token_to_id(self, token: str) -> int | None: ...
-
-
-class _JsonBackend:
-    """A `tokenizer.json`, without the truncation and padding that may be baked into it."""
-
-    def __init__(self, content: bytes, spelled_in: str) -> None:
-        self._content = content
-        spec = json.loads(content)
-        model, added = spec["model"], spec["added_tokens"]
-        # Chat models exist whose turns begin and end with tokens that nobody has flagged.
-        spelled = {token["id"] for token in added if _spells(spelled_in, token["content"])}
-        self.special = frozenset(token["id"] for token in added if token["special"]) | spelled
-        self._added = {token["content"]: token["id"] for token in added}
-        self.words = {token: id for token, id in self._added.items() if _SENTINEL.fullmatch(token)}
-        self.control = {t: id for t, id in self._added.items() if id in self.special and t not in self.words}
-        self.strips = {token["content"]: (token["lstrip"], token["rstrip"]) for token in added}
-        if model["type"] == "Unigram":
-            # To a unigram model special tokens are pieces like any other, so text could spell them. A piece
-            # with a space cannot be spelled: the pre-tokenizer has split at every space or replaced it.
-            inside = [token for token in added if token["special"] and token["id"] < len(model["vocab"])]
-            for token in inside:
-                model["vocab"][token["id"]][0] = f" {token['content']}"
-            added = [token for token in added if token not in inside]
-        spec["added_tokens"] = [token for token in added if token["special"] or token["id"] not in spelled]
-        unk = model.get("unk_id") if model["type"] == "Unigram" else self._added.get(model.get("unk_token"))
-        self.own_ids = {} if unk is None else {"unk": unk}
-
-        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # that is: as the text they are written with
-        self.vocab_size = 1 + max(max(self._tokenizer.get_vocab().values()), *self._added.values(), 0)
-        first = self._tokenizer.encode("a", add_special_tokens=False).tokens[0]
-        self.prefixes_space = first.startswith((_SPACE, _BYTE_SPACE))
-        first_id = self._tokenizer.encode("a", add_special_tokens=True).ids[0]
-        self.begins_with = first_id if first_id in self.special else None
-
-    @cached_property
-    def _published(self) -> tokenizers.Tokenizer:
-        """The tokenizer as it is in the file, to which control tokens in a text are control."""
-        published = tokenizers.Tokenizer.from_str(self._content.decode())
-        published.no_truncation()
-        published.no_padding()
-        return published
-
-    @cached_property
-    def spaces_after_control(self) -> bool:
-        token = next(iter(self.control), "")
-        after = self._published.encode(f"{token}a", add_special_tokens=False).tokens[-1]
-        return self.prefixes_space and after.startswith((_SPACE, _BYTE_SPACE))
-
-    def encode_with_control(self, text: str) -> list[int]:
-        """Returns the ids of a text whose control tokens are control."""
-        return self._published.encode(text, add_special_tokens=False).ids
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def token_starts(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = self._tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [[start for start, _ in e.offsets] for e in encoded]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
-
-    def token_to_id(self, token: str) -> int | None:
-        return self._added[token] if token in self._added else self._tokenizer.token_to_id(token)
-
-
-class _SentencePieceBackend:
-    """A SentencePiece model, with the tokens that transformers keeps beside it.
-
-    Those stand in `added_tokens_decoder` of tokenizer_config.json, and in older folders in added_tokens.json. T5's
-    sentinels need no mention: `extra_ids` of them follow the pieces, the last one first.
-    """
-
-    def __init__(self, content: bytes, settings: dict[str, Any], beside: dict[str, int], spelled_in: str) -> None:
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-        size, extra_ids = self._processor.get_piece_size(), settings["extra_ids"]
-        sentinels = {f"<extra_id_{n}>": size + extra_ids - 1 - n for n in range(extra_ids)}
-        flags = {int(id): token for id, token in settings.get("added_tokens_decoder", {}).items() if int(id) >= size}
-        described = {token["content"]: id for id, token in flags.items()}
-        self._added = sentinels | {token: id for token, id in beside.items() if id >= size} | described
-        self._check_added(size)
-        flagged = {token["content"] for token in flags.values() if token["special"]}
-        spelled = {token for token in self._added if token in flagged or _spells(spelled_in, token)}
-        self.words = {token: id for token, id in self._added.items() if token in sentinels or token not in spelled}
-        self.words |= {token: id for token, id in self._added.items() if _SENTINEL.fullmatch(token)}
-        mute = [id for id in range(size) if self._processor.is_control(id) or self._processor.is_unknown(id)]
-        written = {self._processor.id_to_piece(id): id for id in mute}
-        self.control = {t: id for t, id in (written | self._added).items() if t not in self.words}
-        silent = [id for token, id in self.words.items() if _SENTINEL.fullmatch(token)]
-        self.special = frozenset([*self.control.values(), *silent])
-        self.strips = {token["content"]: (token.get("lstrip"), token.get("rstrip")) for token in flags.values()}
-        ids = {name: getattr(self._processor, f"{name}_id")() for name in _NAMES}
-        self.own_ids = {name: id for name, id in ids.items() if id >= 0}
-        self.vocab_size = 1 + max(size - 1, *self._added.values(), 0)
-        has_sentinels = any(_SENTINEL.fullmatch(token) for token in self.words)
-        self.begins_with = None if has_sentinels else self.own_ids.get("bos")  # LLaMA's has one, T5's not
-        self.prefixes_space = self._processor.encode("a", out_type=str)[0].startswith(_SPACE)
-        self.spaces_after_control = self.prefixes_space and settings.get("legacy") is not False
-
-    def _check_added(self, size: int) -> None:
-        """Every added token has an id of its own, after the pieces."""
-        ids = sorted(self._added.values())
-        twice = next((id for id, other in itertools.pairwise(ids) if id == other), None)
-        if twice is not None:
-            tokens = [token for token, id in self._added.items() if id == twice]
-            raise ValueError(f"{' and '.join(map(repr, tokens))} are both added as {twice}")
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._processor.encode(list(texts))
-
-    def token_starts(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = self._processor.encode(list(texts), return_type="offset_mapping")
-        return [[start for start, _ in e["offsets"]] for e in encoded]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        # As tokenizer.json does it, down to byte runs that are not UTF-8 and to a second leading space: the
-        # library's own decoding differs in both.
-        written = {id: token for token, id in self._added.items()}
-        parts = []
-        for kind, run in itertools.groupby(ids, lambda id: "added" if id in written else self._processor.is_byte(id)):
-            if kind == "added":
-                parts += [written[id] for id in run]
-                continue
-            pieces = self._processor.id_to_piece(list(run))
-            parts.append(_byte_text(pieces) if kind else "".join(pieces).replace(_SPACE, " "))
-        text = "".join(parts)
-        return text.removeprefix(" ") if self.prefixes_space else text
-
-    def token_to_id(self, token: str) -> int | None:
-        if token in self._added:
-            return self._added[token]
-        id = self._processor.piece_to_id(token)  # the id of <unk> for what it does not know
-        return id if self._processor.id_to_piece(id) == token else None
-
-
-def _byte_text(pieces: Sequence[str]) -> str:
-    """The text of byte pieces such as `<0xE2>`; a replacement character for each where they are not UTF-8."""
-    content = bytes(int(piece[3:5], 16) for piece in pieces)
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        return "\ufffd" * len(content)
 
 
 class Tokenizer:
@@ -238,7 +59,7 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: _Backend, files: dict[str, bytes], ids: dict[str, int], stops: set[int], settings: dict[str, Any]
+        self, backend: Backend, files: dict[str, bytes], ids: dict[str, int], stops: set[int], settings: dict[str, Any]
     ) -> None:
         self._backend = backend
         self._files = files  # held, so that a checkpoint is whole even when the folder has gone meanwhile
@@ -308,8 +129,9 @@ class Tokenizer:
             mark: What `guard` has put into the parts that a user has typed, which are text; empty where nothing was
                 guarded.
         """
-        if isinstance(self._backend, _JsonBackend) and not mark:
-            return self._backend.encode_with_control(text)
+        whole = None if mark else self._backend.encode_with_control(text)
+        if whole is not None:
+            return whole
         parts = [text] if self._control is None else self._control.split(text)  # text, control token, text, ...
         ids: list[int] = []
         for place, part in enumerate(parts):
@@ -418,12 +240,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 def _read_backend(
     name: str, content: bytes, settings: dict[str, Any], beside: dict[str, int], spelled_in: str
-) -> _Backend:
+) -> Backend:
     if name == "tokenizer.json":
-        return _JsonBackend(content, spelled_in)
+        return JsonBackend(content, spelled_in)
     # A folder that says nothing is one of the released T5's, which have a hundred.
     extra_ids = settings.get("extra_ids", 100 if name == "spiece.model" else 0)
-    return _SentencePieceBackend(content, settings | {"extra_ids": extra_ids}, beside, spelled_in)
+    return SentencePieceBackend(content, settings | {"extra_ids": extra_ids}, beside, spelled_in)
 
 
 def _chat_template(files: dict[str, bytes], settings: dict[str, Any]) -> str:
@@ -435,7 +257,7 @@ def _chat_template(files: dict[str, bytes], settings: dict[str, Any]) -> str:
 
 def _spelled_control(folder: Path, files: dict[str, bytes], settings: dict[str, Any]) -> str:
     """Returns a text that holds every control token which the folder's template and configurations spell."""
-    named = [found.get(f"{name}_token") for found in (settings, _special_map(folder)) for name in _NAMES]
+    named = [found.get(f"{name}_token") for found in (settings, _special_map(folder)) for name in NAMES]
     written = [token["content"] if isinstance(token, dict) else token for token in named]
     return "\n".join([_chat_template(files, settings), *filter(None, written)])
 
@@ -444,28 +266,24 @@ def _special_map(folder: Path) -> dict[str, Any]:
     return _read_settings(folder / "special_tokens_map.json")
 
 
-def _spells(text: str, token: str) -> bool:
-    return _BRACKETED.fullmatch(token) is not None and token in text
-
-
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
     """Returns a pattern that finds the tokens, the longest first, and can split at them; None where there are none."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
 
-def _special_ids(folder: Path, backend: _Backend) -> dict[str, int]:
+def _special_ids(folder: Path, backend: Backend) -> dict[str, int]:
     """The ids of pad, eos, bos and unk as far as there are any; the later source wins."""
     ids = dict(backend.own_ids)
     config = _read_settings(folder / "config.json")
-    for name in _NAMES:
+    for name in NAMES:
         id = config.get(f"{name}_token_id")
         id = id[0] if isinstance(id, list) and id else id
         if isinstance(id, int) and id >= 0:  # old configs write -1 for none
             ids[name] = id
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         settings = _read_settings(file)
-        for name in _NAMES:
+        for name in NAMES:
             token = settings.get(f"{name}_token")
             token = token["content"] if isinstance(token, dict) else token
             if token is not None:

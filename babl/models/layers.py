@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from babl import ops
+from babl import ops, rng
 from babl.errors import UserError
 from babl.models.cache import Cache
 
@@ -117,7 +117,13 @@ class Dropout(nn.Module):
     site: int = 0
 
     def __init__(self, p: float):
+        """Drops a share p.
+
+        Raises:
+            UserError: p is not a share below 1.
+        """
         super().__init__()
+        rng.threshold(p)
         self.p = p
 
     def forward(self, x: Tensor, key: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
+from babl.errors import UserError
 from babl.models import from_pretrained, save_pretrained
 from babl.models.build import ModelConfig, build_model
 from babl.models.t5 import relative_bucket
@@ -170,6 +171,11 @@ def tiny(tmp_path, dropout=0.5):
     train_tokenizer(["question: what context: a small world of words"], 280, tmp_path / "tokenizer")
     shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 1}
     return build_model(ModelConfig(shape=shape | {"dropout_rate": dropout}), tmp_path / "tokenizer", seed=0)
+
+
+def test_a_rate_that_drops_everything_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"a dropout rate is 1\.5, expected at least 0 and below 1"):
+        tiny(tmp_path, dropout=1.5)
 
 
 def test_dropout_belongs_to_the_example_not_to_the_batch_or_its_padding(tmp_path):

@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -49,6 +49,7 @@ def test_draws_are_published_numbers():
         assert rng.draw(torch.tensor(seed), torch.arange(5)).tolist() == [signed(x) for x in numbers]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**63 - 2))
 def test_draws_equal_plain_integers(splitmix64, state, index):
     expected = signed(splitmix64(state, index))
@@ -69,6 +70,7 @@ def test_a_draw_leaves_what_it_is_given_alone():
     assert state.tolist() == index.tolist() == [0, 1, 2]
 
 
+@settings(deadline=None)
 @given(SIZES, SIZES, st.lists(SIZES, max_size=4))
 def test_keys_equal_plain_integers(splitmix64, seed, step, examples):
     state = splitmix64(splitmix64(splitmix64(0, 0), seed), step)
@@ -143,7 +145,7 @@ def test_a_million_draws_are_uniform(path):
 SHARES = (0.01, 0.1, 0.5, 0.9)
 
 
-def dropped(p, keys, site=3, rows=32, width=1021, dtype=torch.float32):
+def dropped(p, keys, site=3, rows=16, width=1021, dtype=torch.float32):
     """Returns which elements of ones (keys, rows, width) are dropped, as 0 and 1, and the values."""
     out = ops.dropout(torch.ones(len(keys), rows, width, dtype=dtype), p, torch.tensor(keys), site)
     return (out == 0).double().numpy(), out.double().numpy()
@@ -180,7 +182,7 @@ def test_neighbours_rows_sites_examples_steps_and_seeds_are_independent(p):
     keys = rng.dropout_keys(0, 7, range(24))
     gone, _ = dropped(p, keys)
     assert surprise(*((gone[..., lag:], gone[..., :-lag]) for lag in range(1, 65)), p=share) > CHANCE
-    assert surprise(*((gone[:, lag:], gone[:, :-lag]) for lag in range(1, 32)), p=share) > CHANCE
+    assert surprise(*((gone[:, lag:], gone[:, :-lag]) for lag in range(1, 16)), p=share) > CHANCE
     skewed = [(gone[:, 1:, lag:], gone[:, :-1, :-lag]) for lag in (1, 2, 3, 4, 8)]
     assert surprise(*skewed, p=share) > CHANCE, "a row is the one before, moved"
     assert surprise(*((gone[lag:], gone[:-lag]) for lag in range(1, 24)), p=share) > CHANCE
@@ -208,7 +210,7 @@ def pairs(numbers):
 
 @pytest.mark.parametrize(
     ("seeds", "steps"),
-    [(range(40), range(500)), pytest.param(range(200), range(1000), marks=pytest.mark.slow)],
+    [(range(20), range(500)), pytest.param(range(200), range(1000), marks=pytest.mark.slow)],
 )
 def test_keys_collide_as_often_as_chance_has_it(seeds, steps):
     keys = np.array([rng.dropout_keys(seed, step, range(64)) for seed in seeds for step in steps]).ravel()

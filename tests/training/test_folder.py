@@ -1,5 +1,7 @@
 """A run's folder belongs to one run at a time, and to one run at all."""
 
+import errno
+import fcntl
 import os
 import re
 import signal
@@ -55,6 +57,23 @@ def test_a_second_run_is_told_who_is_there_and_a_killed_one_is_no_longer(holder,
     with sole_writer(tmp_path, ALONE):
         assert f"pid {os.getpid()}," in (tmp_path / ".owner").read_text()
     assert not (tmp_path / ".owner").exists()
+
+
+def test_on_a_file_system_without_flock_a_file_stands_for_it(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(module, "LOCK_SECONDS", 0.1)
+    with pytest.warns(UserWarning, match="flock not supported"):
+        with (
+            sole_writer(tmp_path, ALONE),
+            pytest.raises(UserError, match=rf"pid {os.getpid()}"),
+            sole_writer(tmp_path, ALONE),
+        ):
+            pass
+        with sole_writer(tmp_path, ALONE):
+            pass
 
 
 def test_a_run_ended_a_moment_ago_is_waited_for(holder, tmp_path):

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from babl.data.squad import load_squad, split_by_article, to_squad
+from babl.data.articles import split_by_article
+from babl.data.squad import load_squad, to_squad
 from babl.errors import UserError
 
 URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset"

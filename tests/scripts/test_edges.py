@@ -69,7 +69,7 @@ def test_where_no_window_of_the_validation_set_keeps_its_answer_nothing_begins(t
     line = {"question": "Which?", "context": " ".join(words), "answer": " ".join(words[2:78]), "title": "v"}
     (tmp_path / "validation.jsonl").write_text(json.dumps(line) + "\n")
     assert train(arguments) == 2
-    assert "train: data.validation has no example to validate on" in capsys.readouterr().err
+    assert "train: data.validation leaves no example" in capsys.readouterr().err
     assert not (tmp_path / "run" / "run.toml").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
     assert train(settings(tmp_path)) == 0, "what was refused is no run, so the name is free"
 

@@ -167,7 +167,7 @@ class _Pool:
 
     def others(self, example: Example) -> list[str]:
         """Returns the other paragraphs of the article that hold no gold answer."""
-        golds = _golds(example)
+        golds = _forms(example)
         article = self.articles[example.title]
         return [c for c, normal in article.items() if c != example.context and not _holds(normal, golds)]
 
@@ -197,6 +197,12 @@ def _vectorizer() -> Any:
 
 def _golds(example: Example) -> tuple[str, ...]:
     return tuple(answer.text for answer in example.answers)
+
+
+def _forms(example: Example) -> tuple[str, ...]:
+    """Returns the golds, and the context's own words for them where these are others."""
+    spans = (answer.span for answer in example.answers)
+    return tuple(dict.fromkeys((*_golds(example), *(example.context[slice(*span)] for span in spans if span))))
 
 
 def _none(pool: _Pool, i: int, rng: random.Random) -> View:
@@ -259,7 +265,7 @@ def _same_article(pool: _Pool, i: int, rng: random.Random) -> View:
 
 def _answer_removed(pool: _Pool, i: int, rng: random.Random) -> View:
     example = pool.examples[i]
-    golds = _golds(example)
+    golds = _forms(example)
     if not any(map(normalize_answer, golds)):
         raise _CannotBeBuilt("there is no answer to remove")
     kept = []
@@ -300,7 +306,7 @@ def _context_only(pool: _Pool, i: int, rng: random.Random) -> View:
 
 def _counterfactual(pool: _Pool, i: int, rng: random.Random) -> View:
     example = pool.examples[i]
-    golds = _golds(example)
+    golds = _forms(example)
     if not any(map(normalize_answer, golds)):
         raise _CannotBeBuilt("there is no answer to replace")
     substitutes = _similar_answers(pool, i)

@@ -108,7 +108,8 @@ def evaluate(
 
 def _check_own(folder: Path, path: Path, key: str) -> None:
     """The folder has nothing of an evaluation whose answers are not those of this file and key."""
-    others = [*folder.glob("predictions*.json*"), *folder.glob("metrics.json"), *folder.glob("na_prob.json")]
+    written = ("predictions*.json*", "metrics.json", "questions.json", "na_prob.json")
+    others = [other for pattern in written for other in folder.glob(pattern)]
     if others and key_of(path) != key:
         raise UserError(
             f"--out: {folder} has {min(others).name} of another evaluation: another arm, model, data set, setting or "

@@ -170,3 +170,38 @@ def test_an_unanswerable_question_keeps_its_context():
 )
 def test_sentences_end_at_punctuation_before_a_capital(text, expected):
     assert [text[start:end] for start, end in sentences(text)] == expected
+
+
+def test_the_contexts_own_form_of_an_answer_is_removed_and_replaced_and_trained_on():
+    own = "Ko\u0308ln"  # the gold is written with one code point less
+    other = f"They came from {own} in spring. The road was long."
+    home = f"He lives in {own}. She lives in Bonn. All like {own} best."
+    golds = (Answer("Köln", home.index(own), home.index(own) + len(own)),)
+    examples = [
+        Example("q", "T", "Where does he live?", home, golds),
+        Example("r", "T", "What was long?", other, (Answer("road", other.index("road")),)),
+        Example("s", "U", "Where does Ida live?", "Ida lives in Trier.", (Answer("Trier", 13),)),
+    ]
+    views = {
+        arm: {v.id: v for v in see(examples, arm)[0]} for arm in ("none", "gold", "answer-removed", "counterfactual")
+    }
+    assert views["none"]["q"].target == views["gold"]["q"].target == own and views["none"]["q"].golds == ("Köln",)
+    assert views["gold"]["q"].at == home.index(own)
+    assert views["answer-removed"]["q"].context == "She lives in Bonn."
+    assert own not in views["counterfactual"]["q"].context
+    assert "q" not in {v.id for v in see(examples, "same-article")[0]}  # the other paragraph has it, too
+
+
+def test_an_answer_that_the_context_does_not_hold_is_asked_and_not_trained_on():
+    examples = [
+        Example("a", "T", "Why?", "It rained. It was cold.", (Answer("bad weather", None),)),
+        Example("b", "T", "What fell?", "It rained. It was cold.", (Answer("bad weather", None), Answer("rain", 3))),
+        Example("c", "T", "Who?", "", (Answer("Ada", None),)),
+    ]
+    trained = {"none": "abc", "gold": "b", "mixture": "b", "blank": "ab", "shuffled": "b"}
+    asked = trained | {"gold": "ab", "mixture": "ab"}
+    for arm in trained:
+        assert "".join(view.id for view in see(examples, arm, spans=True)[0]) == trained[arm], arm
+        assert "".join(view.id for view in see(examples, arm)[0]) == asked[arm], arm
+    reasons = see(examples, "gold", spans=True)[1]
+    assert reasons == {"a": "the context does not hold the answer", "c": "the question has no context"}

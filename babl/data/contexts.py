@@ -17,9 +17,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from babl.data.articles import articles
 from babl.data.kinds import answer_kind
 from babl.data.squad import Example
-from babl.text.normalize import normalize_answer
+from babl.text.normalize import normalize_answer, same_form, spelled_words
+from babl.text.segment import join, sentences, unspaced, words
 
 TrainArm = Literal[
     "none", "blank", "random", "same-article", "answer-removed", "gold", "gold+distractors", "mixture", "context-only"
@@ -99,7 +101,7 @@ def see(examples: Sequence[Example], arm: Arm, seed: int = 0, spans: bool = Fals
     build = _BUILDERS[arm]
     views, missing = [], {}
     for example in examples:
-        if not example.context and arm != "none":
+        if not example.context.strip() and arm != "none":
             missing[example.id] = "the question has no context"
             continue
         if arm in needs and example.answers and not example.span:
@@ -116,26 +118,28 @@ def see(examples: Sequence[Example], arm: Arm, seed: int = 0, spans: bool = Fals
     return views, missing
 
 
-def sentences(text: str) -> list[tuple[int, int]]:
-    """Returns the code point spans of the sentences, by punctuation followed by a capital, digit or quote."""
-    starts = [0, *(match.end() for match in _SENTENCE_END.finditer(text))]
-    ends = [*starts[1:], len(text)]
-    spans = [(start, start + len(text[start:end].rstrip())) for start, end in zip(starts, ends, strict=True)]
-    return [(start, end) for start, end in spans if end > start]
-
-
-_SENTENCE_END = re.compile(
-    r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\bMr\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bMrs\.)(?<!\bvs\.)[\"'”’)\]]*\s+(?=[\"'“‘(\[]?[A-Z0-9])"
-)
-
-
 def holds(context: str, golds: Iterable[str]) -> bool:
-    """Returns whether any gold stands in the context, as whole words, both normalised."""
-    return _holds(f" {normalize_answer(context)} ", golds)
+    """Returns whether any gold stands in the context as the official scripts would find it, or as part of a word.
+
+    Both texts are compared in the official normal form, which glues ("Gandhi's" is "gandhis"), and cut at all
+    punctuation ("five-year" has "five", "24–10" has "24"), so that either form of a word gives the answer away.
+    """
+    return _holds(_readings(context), golds)
 
 
-def _holds(padded: str, golds: Iterable[str]) -> bool:
-    return any(normal and f" {normal} " in padded for normal in map(normalize_answer, golds))
+def _readings(text: str) -> tuple[str, str, str]:
+    """Returns the text as a gold is looked for in it, words between spaces; the last is for golds without words."""
+    return f" {normalize_answer(text)} ", f" {spelled_words(text)} ", same_form(text)
+
+
+def _holds(readings: tuple[str, str, str], golds: Iterable[str]) -> bool:
+    for gold in golds:
+        official, spelled, same = (form.strip() for form in _readings(gold))
+        if spelled and (f" {spelled} " in readings[1] or f" {official} " in readings[0]):
+            return True
+        if official and not spelled and same in readings[2]:  # "€", "→"
+            return True
+    return False
 
 
 class _CannotBeBuilt(Exception):
@@ -148,28 +152,29 @@ class _Pool:
     def __init__(self, examples: Sequence[Example]):
         self.examples = sorted(examples, key=lambda e: e.id)
         self.at = {e.id: i for i, e in enumerate(self.examples)}
-        self.articles: dict[str, dict[str, str]] = {}  # title -> context -> normalised, between spaces
-        for e in self.examples:
-            article = self.articles.setdefault(e.title, {})
-            if e.context and e.context not in article:
-                article[e.context] = f" {normalize_answer(e.context)} "
+        names = articles(self.examples)
+        self.article = {e.id: name for e, name in zip(self.examples, names, strict=True)}
+        self.articles: dict[str, dict[str, tuple[str, str, str]]] = {}  # name -> context -> `_readings`
+        for e, name in zip(self.examples, names, strict=True):
+            article = self.articles.setdefault(name, {})
+            if e.context.strip() and e.context not in article:
+                article[e.context] = _readings(e.context)
 
     @cached_property
     def by_length(self) -> list[tuple[int, str, str]]:
-        """(words, title, context), sorted."""
-        return sorted(
-            (len(context.split()), title, context) for title, article in self.articles.items() for context in article
-        )
+        """(words, article, context), sorted."""
+        return sorted((len(words(context)), name, context) for name, held in self.articles.items() for context in held)
 
     @cached_property
     def lengths(self) -> list[int]:
-        return [words for words, _, _ in self.by_length]
+        return [length for length, _, _ in self.by_length]
 
     def others(self, example: Example) -> list[str]:
         """Returns the other paragraphs of the article that hold no gold answer."""
         golds = _forms(example)
-        article = self.articles[example.title]
-        return [c for c, normal in article.items() if c != example.context and not _holds(normal, golds)]
+        article = self.articles[self.article[example.id]]
+        same = same_form(example.context)
+        return [c for c, readings in article.items() if same_form(c) != same and not _holds(readings, golds)]
 
     @cached_property
     def rows(self) -> dict[str, int]:
@@ -192,7 +197,7 @@ class _Pool:
 def _vectorizer() -> Any:
     from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import, and most arms need none
 
-    return TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+")
+    return TfidfVectorizer(sublinear_tf=True, analyzer=lambda text: spelled_words(text).split())
 
 
 def _golds(example: Example) -> tuple[str, ...]:
@@ -219,41 +224,36 @@ def _gold(pool: _Pool, i: int, rng: random.Random) -> View:
 
 
 def _blank(pool: _Pool, i: int, rng: random.Random) -> View:
-    words = len(pool.examples[i].context.split())
     filler = FILLER.split()
-    context = " ".join(filler[k % len(filler)] for k in range(words))
+    context = " ".join(filler[k % len(filler)] for k in range(len(words(pool.examples[i].context))))
     return replace(_none(pool, i, rng), context=context)
 
 
 def _random(pool: _Pool, i: int, rng: random.Random) -> View:
     example = pool.examples[i]
-    words = len(example.context.split())
-    low, high = words * (1 - LENGTH_TOLERANCE), words * (1 + LENGTH_TOLERANCE)
+    length = len(words(example.context))
+    low, high = length * (1 - LENGTH_TOLERANCE), length * (1 + LENGTH_TOLERANCE)
     first, last = bisect_left(pool.lengths, low), bisect_right(pool.lengths, high)
-    alike = pool.by_length[first:last]
-    chosen = _elsewhere(alike, example, rng) or _elsewhere(pool.by_length[last:], example, rng)
-    if chosen is None:
-        raise _CannotBeBuilt("no paragraph of another article is long enough")
-    context = _cut(chosen, words) if len(chosen.split()) > high else chosen
-    assert chosen not in pool.articles[example.title] and low <= len(context.split()) <= high, example.id
+    alike, longer = pool.by_length[first:last], pool.by_length[last:]
+    article = pool.article[example.id]
+    context = _elsewhere(alike, article, rng)
+    if context is None:
+        chosen = _elsewhere(longer, article, rng)
+        if chosen is None:
+            raise _CannotBeBuilt("no paragraph of another article is long enough")
+        context = chosen[: words(chosen)[length - 1][1]]
     return replace(_none(pool, i, rng), context=context)
 
 
-def _elsewhere(rows: list[tuple[int, str, str]], example: Example, rng: random.Random) -> str | None:
+def _elsewhere(rows: list[tuple[int, str, str]], article: str, rng: random.Random) -> str | None:
     """Returns a paragraph of another article, or None where the rows have none."""
-    here = [k for k, (_, title, _) in enumerate(rows) if title == example.title]
+    here = [k for k, (_, name, _) in enumerate(rows) if name == article]
     if len(rows) == len(here):
         return None
     at = rng.randrange(len(rows) - len(here))  # the at-th of those elsewhere
     for k in here:
         at += k <= at
     return rows[at][2]
-
-
-def _cut(text: str, words: int) -> str:
-    """Returns the text up to its words-th word."""
-    ends = [match.end() for match in re.finditer(r"\S+", text)]
-    return text[: ends[words - 1]]
 
 
 def _same_article(pool: _Pool, i: int, rng: random.Random) -> View:
@@ -273,7 +273,7 @@ def _answer_removed(pool: _Pool, i: int, rng: random.Random) -> View:
         overlaps = any(a.span and a.span[0] < end and start < a.span[1] for a in example.answers)
         if not overlaps and not holds(example.context[start:end], golds):
             kept.append(example.context[start:end])
-    context = " ".join(kept)
+    context = join(kept)
     if not kept:
         raise _CannotBeBuilt("every sentence holds the answer")
     if holds(context, golds):
@@ -292,8 +292,8 @@ def _gold_and_distractors(pool: _Pool, i: int, rng: random.Random) -> View:
     shown = [example.context, *(others[k] for k in nearest)]
     rng.shuffle(shown)
     view = _gold(pool, i, rng)
-    before = sum(len(context) + 1 for context in shown[: shown.index(example.context)])
-    return replace(view, context=" ".join(shown), at=None if view.at is None else before + view.at)
+    before = len(join(shown[: shown.index(example.context) + 1])) - len(example.context)
+    return replace(view, context=join(shown), at=None if view.at is None else before + view.at)
 
 
 def _mixture(pool: _Pool, i: int, rng: random.Random) -> View:
@@ -325,8 +325,9 @@ def _counterfactual(pool: _Pool, i: int, rng: random.Random) -> View:
 
 
 def _words(text: str) -> str:
-    """Returns a pattern for the text where it begins and ends with words."""
-    return rf"(?<!\w){re.escape(text)}(?!\w)"
+    """Returns a pattern for the text where it begins and ends with words; anywhere, in a script without spaces."""
+    before, behind = ("" if unspaced(char) else r"\w" for char in (text[:1], text[-1:]))
+    return rf"{before and f'(?<!{before})'}{re.escape(text)}{behind and f'(?!{behind})'}"
 
 
 def _similar_answers(pool: _Pool, i: int) -> list[str]:
@@ -338,9 +339,11 @@ def _similar_answers(pool: _Pool, i: int) -> list[str]:
     found: list[str] = []
     for j in np.argsort(-likeness, kind="stable"):
         other = pool.examples[j]
-        if other.title == example.title or other.impossible or answer_kind(other.answers[0].text) != kind:
+        if pool.article[other.id] == pool.article[example.id] or other.impossible:
             continue
         text = other.answers[0].text
+        if answer_kind(text) != kind:
+            continue
         if not holds(example.context, [text]) and normalize_answer(text):
             found.append(text)
             if len(found) == NEIGHBOURS:
@@ -359,13 +362,13 @@ def _shuffled(pool: _Pool, i: int, rng: random.Random) -> View:
         order = rng.sample(spans, len(spans))
     pieces = [context[start:end] for start, end in order]
     if view.at is None:
-        return replace(view, context=" ".join(pieces))
+        return replace(view, context=join(pieces))
     last = view.at + len(view.target or "")
     home = [k for k, (start, end) in enumerate(order) if start <= view.at and last <= end]
     if not home:
         raise _CannotBeBuilt("the answer stands across sentences")
-    before = sum(len(piece) + 1 for piece in pieces[: home[0]])
-    return replace(view, context=" ".join(pieces), at=before + view.at - order[home[0]][0])
+    before = len(join(pieces[: home[0] + 1])) - len(pieces[home[0]])
+    return replace(view, context=join(pieces), at=before + view.at - order[home[0]][0])
 
 
 _BUILDERS: dict[str, Callable[[_Pool, int, random.Random], View]] = {

@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from babl.data.contexts import sentences
 from babl.data.fictional import GRADES
 from babl.data.kinds import ANSWER_KINDS, QUESTION_KINDS, answer_kind, question_kind
 from babl.data.squad import Example
 from babl.text.normalize import normalize_answer
+from babl.text.segment import sentences
 
 UNANSWERABLE = "no answer"
 POSITIONS = ("0", "1", "2", "3+")  # sentence of the context in which the answer stands

@@ -8,6 +8,7 @@ from functools import lru_cache
 from babl.text.segment import unspaced
 
 _DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_POSSESSIVE = re.compile(r"['’]s\b")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
@@ -39,10 +40,11 @@ def same_form(text: str) -> str:
 def spelled_words(text: str) -> str:
     """Returns the words of a text as they are spelled, between single spaces, without punctuation and articles.
 
-    Where `normalize_answer` glues, this cuts: "Gandhi's" is "gandhi s", "24–10" "24 10", "five-year" "five year". In a
-    script without spaces each character counts as a word, so that a phrase is found wherever it stands.
+    Where `normalize_answer` glues, this cuts: "24–10" is "24 10", "five-year" "five year", "Gandhi's" "gandhi".
+    In a script without spaces each character counts as a word, so that a phrase is found wherever it stands.
     """
-    return normalize_answer.__wrapped__(unicodedata.normalize("NFKC", text).casefold().translate(_SPELLED))
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return normalize_answer.__wrapped__(_POSSESSIVE.sub("", folded).translate(_SPELLED))
 
 
 class _Spelled(dict[int, str]):

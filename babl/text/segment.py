@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from icu4py.breakers import LineBreaker, WordBreaker
 from sentencex import get_sentence_boundaries
 
-# Thai, Lao, Myanmar, Khmer, Tai Le; CJK with its punctuation and full-width forms.
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u2e80-\u312f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
-_UNSPACED += "\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
-_HAS_UNSPACED = re.compile(f"[{_UNSPACED}]")
+_CJK = "\u2e80-\u312f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
+_HAS_CJK = re.compile(f"[{_CJK}]")  # with its punctuation and full-width forms
+_HAS_UNSPACED = re.compile(f"[{_CJK}\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19df]")  # Thai, Lao, Myanmar, Khmer
 _SPACE_ENDS_SENTENCE = re.compile(r"(?<=[\u0e00-\u0eff])\s+(?=[\u0e00-\u0eff])")  # Thai and Lao have no full stop
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -28,11 +27,10 @@ def unspaced(text: str) -> bool:
 
 def sentences(text: str) -> list[tuple[int, int]]:
     """Returns the spans [start, end) of the sentences, without the whitespace around them."""
-    found = [(s["start_index"], s["end_index"]) for s in get_sentence_boundaries("en", _encodable(text))]
-    spans = []
-    for start, end in found:
-        cuts = [start, *(match.end() for match in _SPACE_ENDS_SENTENCE.finditer(text, start, end)), end]
-        spans += [_stripped(text, *pair) for pair in itertools.pairwise(cuts)]
+    found = [sentence["start_index"] for sentence in get_sentence_boundaries("en", _encodable(text))]
+    starts = {at for at in found if not at or text[at - 1].isspace() or unspaced(text[at - 1 : at + 1])}
+    starts |= {match.end() for match in _SPACE_ENDS_SENTENCE.finditer(text)}
+    spans = [_stripped(text, start, end) for start, end in itertools.pairwise([*sorted(starts), len(text)])]
     return [(start, end) for start, end in spans if start < end]
 
 
@@ -59,10 +57,11 @@ def line_breaks(text: str) -> list[int]:
 
 
 def join(pieces: Sequence[str]) -> str:
-    """Returns the pieces as one text, with a space between two unless their script writes none there."""
+    """Returns the sentences as one text, with a space between two unless it is Chinese or Japanese."""
     joined = ""
     for piece in pieces:
-        joined += piece if not joined or (unspaced(joined[-1]) and unspaced(piece[:1])) else f" {piece}"
+        together = _HAS_CJK.match(joined[-1:]) and _HAS_CJK.match(piece)
+        joined += piece if not joined or together else f" {piece}"
     return joined
 
 

@@ -20,7 +20,7 @@ class MetricsLog:
     A step is logged, then saved, then validated: the validation of the step that is resumed from is done again.
     """
 
-    def __init__(self, folder: Path, last_step: int, tensorboard: bool, say: Callable[[str], None]):
+    def __init__(self, folder: Path, last_step: int, tensorboard: bool, say: Callable[[str], None] = print):
         """The log goes on behind the last step.
 
         Args:

@@ -43,9 +43,10 @@ def tuned(shared, tmp_path_factory):
         assert done.returncode == 0, done.stderr[-2000:]
         lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
         steps = [(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
-        return torch.tensor(steps, dtype=torch.float64), load_file(
-            folder / name / "checkpoints/latest/model.safetensors"
-        )
+        weights = {}
+        for path in (folder / name / "checkpoints/latest").glob("model*.safetensors"):  # each rank has written a share
+            weights |= load_file(path)
+        return torch.tensor(steps, dtype=torch.float64), weights
 
     return run
 

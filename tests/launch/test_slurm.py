@@ -180,6 +180,15 @@ def test_a_mistake_ends_the_job_and_does_not_come_back(slurm, runs):
     assert len(told) == 1 and "unknown key 'optim.lrr'; did you mean 'lr'?" in told[0]
 
 
+def test_a_port_that_is_taken_is_passed_over(slurm, runs):
+    options = ["--nodes=2", "--hold"]
+    job = slurm.submit(ROOT / "launch" / "train.sbatch", *runs.arguments("run", "train.steps=1"), options=options)
+    with socket.create_server(("127.0.0.1", 20000 + int(job) % 10000)):  # as launch/env.sh chooses
+        slurm.ask("scontrol", "release", job)
+        slurm.wait_until_completed(job, 240)
+    assert runs.last_step("run") == 1
+
+
 def test_a_cancelled_job_stays_cancelled(slurm, runs):
     script = str(runs.edited("import time; time.sleep(0.3)"))
     job = slurm.submit(ROOT / "launch" / "train.sbatch", *runs.arguments("run"), options=["--nodes=2"], SCRIPT=script)

@@ -95,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--na-prob", metavar="FILE", help="question id -> probability of no answer (version 2.0)")
     sub.add_argument("--na-threshold", type=float, default=1.0, metavar="T", help="abstain above it (default 1.0)")
     sub.add_argument("--missing", choices=("error", "zero"), default="error", help="questions without a prediction")
+    sub.add_argument(
+        "--f1-characters",
+        action="store_true",
+        help="also the F1 over characters, for languages without spaces (not an official metric)",
+    )
     _add_reading(sub, "faulty")
     sub.add_argument("--json", action="store_true", help="(the output is JSON in any case)")
 
@@ -338,7 +343,12 @@ def score(args: argparse.Namespace) -> None:
     dataset = to_squad(load_golds(args.data, _reading(args)))
     na_prob = read_by_id(args.na_prob) if args.na_prob else None
     predictions = read_by_id(args.predictions)
-    print(json.dumps(official(dataset, predictions, na_prob, args.na_threshold, missing=args.missing), indent=2))
+    metrics = official(dataset, predictions, na_prob, args.na_threshold, missing=args.missing)
+    if args.f1_characters:
+        from babl.evaluation.characters import f1_characters
+
+        metrics["f1_characters"] = f1_characters(dataset, predictions)
+    print(json.dumps(metrics, indent=2))
 
 
 def compare(args: argparse.Namespace) -> None:

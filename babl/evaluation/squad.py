@@ -80,8 +80,8 @@ def question_scores(
     version = version or dataset_version(dataset)
     scores: dict[str, QuestionScore] = {}
     absent = []
-    for title, qa in _questions(dataset):
-        qid, golds = str(qa["id"]), _gold_texts(qa)
+    for title, qa in questions(dataset):
+        qid, golds = str(qa["id"]), gold_texts(qa)
         if qid in scores:
             raise UserError(f"question id {qid} stands twice in the data set")
         has_answer = bool(golds)
@@ -212,10 +212,10 @@ def read_by_id(path: str | Path) -> dict[str, Any]:
 def dataset_version(dataset: Mapping[str, Any]) -> Version:
     """Returns 2.0 where the file says so or has a question without an answer, else 1.1."""
     says = "2.0" in str(dataset.get("version", ""))
-    return "2.0" if says or any(not _gold_texts(qa) for _, qa in _questions(dataset)) else "1.1"
+    return "2.0" if says or any(not gold_texts(qa) for _, qa in questions(dataset)) else "1.1"
 
 
-def _questions(dataset: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def questions(dataset: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yields each question with its article's title."""
     for article in dataset["data"]:
         for paragraph in article["paragraphs"]:
@@ -223,7 +223,8 @@ def _questions(dataset: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, A
                 yield article.get("title", ""), qa
 
 
-def _gold_texts(qa: Mapping[str, Any]) -> list[str]:
+def gold_texts(qa: Mapping[str, Any]) -> list[str]:
+    """Returns a question's gold answers, none where it has none."""
     answers = qa["answers"]
     return list(answers["text"]) if isinstance(answers, dict) else [answer["text"] for answer in answers]
 

@@ -46,7 +46,13 @@ MUTANTS = {
         "gradient",
         T5,
     ),
-    "no dropout": ("scripts/train.py", "        model.train()\n        if", "        if", "gradient", T5),
+    "no dropout": (
+        "scripts/train.py",
+        "            me.seed(cfg.run.seed, step)\n",
+        "            me.seed(cfg.run.seed, step)\n            model.eval()\n",
+        "gradient",
+        T5,
+    ),
     "label smoothing forgotten": ("scripts/train.py", "batch, cfg.optim.label_smoothing)", "batch)", "metrics", LLAMA),
     "clipped per micro-batch": (
         "scripts/train.py",
@@ -276,10 +282,9 @@ def test_randomness_that_is_not_is_found(name, tmp_path):
 
 
 LOOP_MUTANTS = {
-    "dropout in validation": ("    model.eval()\n", "", {"dropout on", "metrics"}),
-    "no dropout in training": ("        model.train()\n        if", "        model.eval()\n        if", {"gradient"}),
+    "dropout in validation": ("    backend.model.eval()\n", "", {"dropout on", "metrics"}),
     "no dropout after validation": (
-        "    model.train()\n    total, targets",
+        "    backend.model.train()\n    total, targets",
         "    total, targets",
         {"dropout on", "gradient"},
     ),
@@ -299,8 +304,8 @@ WORLDS = {  # where babl itself is broken, for the script and for verify alike
     "an arithmetic shift in the generator": ("babl/rng.py", ".bitwise_and_(2**34 - 1)", "", {"gradient"}),
     "the rate doubled": (
         "babl/rng.py",
-        "threshold(p) - 32768",
-        "threshold(2 * p) - 32768",
+        "[..., :width] >= threshold(p)",
+        "[..., :width] >= threshold(2 * p)",
         {"gradient", "dropout rate"},
     ),
     "another wording": (

@@ -25,10 +25,11 @@ LAGS = 64
 
 
 class Mask(NamedTuple):
-    """One dropout of one example: `kept` is true where an element stays."""
+    """One dropout of one example: `kept` is true where an element stays; `place` counts a step's dropouts."""
 
     step: int
     example: int
+    place: int
     site: int
     p: float
     key: int
@@ -59,7 +60,7 @@ class Record:
             arrays = {name: file[name] for name in file.files if name != "events"}
         had: list[int] = []
         rows: list[int] = []
-        dropped = False
+        place = 0
         for event in events:
             array = arrays[event["array"]] if "array" in event else np.zeros(0)
             if event["kind"] == "ids":
@@ -68,25 +69,25 @@ class Record:
                     rows = [each for each in found if each is not None]
                     had += [each for each in rows if each not in had]
             elif event["kind"] == "dropout" and event["learns"]:
-                dropped = True
-                self._add(len(self.steps) + 1, rows, event, array)
+                place += 1
+                self._add(len(self.steps) + 1, place, rows, event, array)
             elif event["kind"] == "dropout":
                 self.unlearned += 1
             elif event["kind"] == "step" and had:
                 self.steps.append(had)
-                self.dry += [] if dropped else [len(self.steps)]
-                had, dropped = [], False
+                self.dry += [] if place else [len(self.steps)]
+                had, place = [], 0
             elif event["kind"] == "probe":
                 for example, key, values in zip(PROBED["examples"], event["key"], array, strict=True):
                     self.probe[event["seed"], event["step"], example] = key, values > 0
 
-    def _add(self, step: int, rows: list[int], event: dict[str, Any], array: np.ndarray) -> None:
+    def _add(self, step: int, place: int, rows: list[int], event: dict[str, Any], array: np.ndarray) -> None:
         p = event["p"]
         kept = array[array != 0]
         off = float(np.abs(kept * (1 - p) - 1).max()) if kept.size else 1.0
         self.scale = max(self.scale, off, 0.0 if event["applied"] else math.inf)
         for example, key, values in zip(rows, event["key"], array, strict=True):
-            self.masks.append(Mask(step, example, event["site"], p, key, values != 0))
+            self.masks.append(Mask(step, example, place, event["site"], p, key, values != 0))
 
 
 def _which(row: Any, sources: list[np.ndarray]) -> int | None:
@@ -129,7 +130,7 @@ def _rates(record: Record) -> Worst:
 
     for mask in record.masks:
         gone = ~mask.kept
-        labels = (f"site {mask.site}", f"step {mask.step}", f"example {mask.example}", "all")
+        labels = (f"dropout {mask.place}", f"step {mask.step}", f"example {mask.example}", "all")
         for label in labels:
             add(label, gone.sum(), gone.size, mask.p)
         for axis, place in ((-1, "column"), (-2, "row")):
@@ -150,7 +151,7 @@ def _independence(record: Record) -> dict[str, Sums]:
     steps = _sums(_differing(record, "step")) | _probed(record, 1)
     return {
         "places": _sums(_places(record.masks)),
-        "sites": _sums(_differing(record, "site")),
+        "sites": _sums(_differing(record, "place")),
         "examples": _probed(record, 2),
         "steps": steps,
         "seeds": _probed(record, 0),
@@ -178,17 +179,16 @@ def _places(masks: Iterable[Mask]) -> Iterator[Pair]:
 
 
 def _differing(record: Record, field: str) -> Iterator[Pair]:
-    """Yields the pairs of one example that differ in the site alone, or in the step alone."""
+    """Yields the pairs of one example that differ in the place alone, or in the step alone."""
     groups: dict[tuple, list[Mask]] = defaultdict(list)
     for mask in record.masks:
-        shared = mask.step if field == "site" else mask.site
+        shared = mask.step if field == "place" else mask.place
         groups[mask.example, shared, mask.kept.ndim].append(mask)
     for group in groups.values():
         for one, other in combinations(group, 2):
             at, then = getattr(one, field), getattr(other, field)
-            if at != then:  # R-Drop's two forwards of a step differ in the key alone
-                label = f"sites {at} and {then}" if field == "site" else f"{then - at} steps apart"
-                yield label, one.kept, other.kept, one.p, other.p
+            label = f"dropouts {at} and {then}" if field == "place" else f"{then - at} steps apart"
+            yield label, one.kept, other.kept, one.p, other.p
 
 
 def _probed(record: Record, axis: int) -> Sums:

@@ -53,6 +53,8 @@ class Recorder:
         self.dropout = ops.dropout
 
         def watched(x: Tensor, p: float, key: Tensor, site: int) -> Tensor:
+            if torch._C._current_graph_task_id() != -1:
+                return self.dropout(x, p, key, site)  # in a backward: a forward made again, to save memory
             with torch.no_grad():
                 ones = self.dropout(torch.ones_like(x, dtype=torch.float32), p, key, site)
             out = self.dropout(x, p, key, site)

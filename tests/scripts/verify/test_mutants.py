@@ -254,7 +254,7 @@ ops.dropout = lane
     ),
     "sites not numbered": (
         "layers.number_sites.__code__ = (lambda model: None).__code__\n",
-        {"dropout defined", "gradient"},
+        {"dropout sites", "gradient"},
     ),
     "the same mask for all rows": (
         """

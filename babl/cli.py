@@ -175,12 +175,17 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("models", models, "the model folders here, and which of them fit this machine")
     sub.add_argument("--models", type=Path, default=Path("models"), metavar="DIR", help="default models")
-    sub.add_argument("--json", action="store_true")
+    _add_need(sub)
 
     sub = verb("pull", pull, "fetch a model folder from the Hugging Face hub (HF_ENDPOINT, HF_TOKEN)")
     sub.add_argument("repo_id", metavar="REPO_ID")
     sub.add_argument("--to", type=Path, metavar="DIR", help="default models/NAME")
     sub.add_argument("--revision", default="main", metavar="REV", help="branch, tag or commit (default main)")
+    sub.add_argument("--pickles", action="store_true", help="where it has no safetensors: the pickles, to be converted")
+
+    sub = verb("convert", convert, "pickled weights to safetensors, read in a process that can do nothing else")
+    sub.add_argument("folder", type=Path, metavar="FOLDER", help="with pytorch_model.bin, or its shards")
+    sub.add_argument("--to", type=Path, metavar="DIR", help="a new folder; default FOLDER itself, beside the pickles")
 
     sub = verb("export", export, "a checkpoint's model alone: weights, config and tokenizer")
     sub.add_argument("checkpoint", metavar="CHECKPOINT")
@@ -189,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("info", info, "what a model folder or checkpoint holds, and whether it is whole")
     sub.add_argument("model", metavar="MODEL")
-    sub.add_argument("--json", action="store_true")
+    _add_need(sub)
 
     sub = verb(
         "experiment", experiment, "a frozen grid of models, trained, tested and compared: does the context help?"
@@ -241,9 +246,19 @@ def _add_sampling(sub: argparse.ArgumentParser, temperature: float) -> None:
 
 
 def _add_device(sub: argparse.ArgumentParser) -> None:
+    _add_placement(sub)
+    _add_kernels(sub)
+
+
+def _add_need(sub: argparse.ArgumentParser) -> None:
+    _add_placement(sub)
+    sub.add_argument("--context", type=int, metavar="N", help="tokens there must be memory for (default the model's)")
+    sub.add_argument("--json", action="store_true")
+
+
+def _add_placement(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     sub.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    _add_kernels(sub)
 
 
 def _add_kernels(sub: argparse.ArgumentParser) -> None:
@@ -490,20 +505,24 @@ def feedback(args: argparse.Namespace) -> None:
 
 def models(args: argparse.Namespace) -> None:
     """Prints a line for each model folder."""
-    import psutil
-
+    from babl.generation.memory import need
     from babl.models.weights import describe
 
     if not args.models.is_dir():
         raise UserError(f"--models: {args.models} is no folder; `babl pull` makes one")
-    free = psutil.virtual_memory().available
     rows: list[dict[str, Any]] = []
     for folder in sorted(path.parent for path in args.models.rglob("config.json")):
+        if any(part.startswith(".") for part in folder.relative_to(args.models).parts):
+            continue  # a pull that has not ended
         try:
             facts = describe(folder)
-            rows.append({"model": str(folder)} | facts | {"fits": facts["bytes"] < free})
+            if facts["tokenizer"] == "none":
+                raise UserError(f"{folder}: no tokenizer here")
         except UserError as error:
             rows.append({"model": str(folder), "unusable": str(error)})
+        else:
+            needed = need(facts, args.device, args.dtype, args.context)
+            rows.append({"model": str(folder)} | facts | needed.facts())
     if args.json:
         print(json.dumps(rows, indent=2))
         return
@@ -516,16 +535,29 @@ def models(args: argparse.Namespace) -> None:
 
 
 def _describe_row(row: dict[str, Any]) -> str:
-    fits = "fits" if row["fits"] else "does not fit"
     size = f"{row['parameters'] / 1e6:.1f} M parameters, {row['bytes'] / 2**20:.1f} MiB of {row['dtypes']}"
-    return f"{row['family']}, {size}, context {row['context'] or 'any'}, {fits}"
+    needed = f"{row['needed_bytes'] >> 20:,} MiB of {row['free_bytes'] >> 20:,} free"
+    where = f"{row['loaded_dtype']} on {row['device']}, {row['cache_tokens']:,} tokens"
+    fits = "fits" if row["fits"] else "does not fit" + (f" beyond {row['room']:,} tokens" if row["room"] else "")
+    return f"{row['family']}, {size}, context {row['context'] or 'any'}, {fits}: needs {needed} ({where})"
 
 
 def pull(args: argparse.Namespace) -> None:
     """Prints the folder that now holds the model."""
     from babl.models.hub import pull as fetch
 
-    print(fetch(args.repo_id, args.to or Path("models") / args.repo_id.split("/")[-1], args.revision))
+    def say(line: str) -> None:
+        print(f"babl pull: {line}", file=sys.stderr)
+
+    folder = args.to or Path("models") / args.repo_id.split("/")[-1]
+    print(fetch(args.repo_id, folder, args.revision, args.pickles, say))
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Prints the folder that now holds safetensors."""
+    from babl.models.convert import convert as run
+
+    print(run(args.folder, args.to, lambda line: print(f"babl convert: {line}", file=sys.stderr)))
 
 
 def export(args: argparse.Namespace) -> None:
@@ -551,10 +583,12 @@ def export(args: argparse.Namespace) -> None:
 
 def info(args: argparse.Namespace) -> None:
     """Prints what a folder holds."""
+    from babl.generation.memory import need
     from babl.models.weights import describe
     from babl.training.checkpoint import MANIFEST, find_fault
 
     facts = describe(Path(args.model))
+    facts |= need(facts, args.device, args.dtype, args.context).facts()
     if (Path(args.model) / MANIFEST).exists():
         facts["whole"] = find_fault(Path(args.model)) or "yes"
     _show(facts, args.json)

@@ -243,11 +243,12 @@ def test_models_lists_what_is_there_and_whether_it_fits(capsys, family_folders, 
         row = rows[family]
         assert (row["family"], row["dtypes"], row["fits"]) == (family, "F32", True)
         assert 4 * row["parameters"] < row["bytes"]
+        assert row["needed_bytes"] == row["weights_bytes"] + row["cache_bytes"] + (256 << 20) <= row["free_bytes"]
     assert rows["llama"]["context"] == 2048
     assert "model_type is 'gpt2'" in rows["other"]["unusable"]
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 1000}))
     _, out, _ = babl(capsys, "models", "--models", family_folders)
-    assert out.count("does not fit") == 3 and "context 2048" in out and "unusable: " in out
+    assert out.count("does not fit: needs ") == 3 and "context 2048" in out and "unusable: " in out
     code, _, err = babl(capsys, "models", "--models", family_folders / "absent")
     assert code == 2 and "absent is no folder; `babl pull` makes one" in err
 

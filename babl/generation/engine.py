@@ -18,6 +18,7 @@ from tqdm import tqdm
 from babl.errors import UserError
 from babl.generation.beam import beam_search
 from babl.generation.graph import GraphedStep
+from babl.generation.memory import placement
 from babl.generation.packed import pack
 from babl.generation.reuse import draft, shared_prefixes
 from babl.generation.sampling import GenerationConfig, choose
@@ -325,21 +326,14 @@ class Engine:
 
         Args:
             folder: Holds model and tokenizer.
-            device: "auto", "cpu", "cuda" or "mps"; auto takes the fastest there is.
-            dtype: "auto", "float32" or "bfloat16"; auto takes bfloat16 where a GPU has it, float32 elsewhere.
+            device: As for `placement`.
+            dtype: As for `placement`.
 
         Raises:
             UserError: The folder is not what it should be, or this machine has no such device.
         """
-        here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        if device == "auto":
-            device = next(name for name, found in here.items() if found)
-        if not here[device]:
-            raise UserError(f"--device is {device!r}, but torch finds {' and '.join(n for n in here if here[n])} alone")
-        if dtype == "auto":
-            halves = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-            dtype = "bfloat16" if halves else "float32"
-        model = from_pretrained(folder, getattr(torch, dtype), device)
+        device, loaded = placement(device, dtype)
+        model = from_pretrained(folder, loaded, device)
         pack(model)
         return cls(model, load_tokenizer(folder), str(folder))
 

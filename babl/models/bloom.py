@@ -49,6 +49,11 @@ class BloomConfig:
         if self.hidden_size % self.n_head:
             raise UserError(f"hidden_size is {self.hidden_size}, expected a multiple of n_head ({self.n_head})")
 
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        """Layers, heads and width of the keys, and of the values, that decoding remembers of each token."""
+        return self.n_layer, self.n_head, self.hidden_size // self.n_head
+
     @classmethod
     def from_hf(cls, config: dict[str, Any], tied: bool) -> "BloomConfig":
         """Returns the config of a folder written by transformers 4 or 5, older names included.
@@ -264,15 +269,8 @@ class Bloom(Model):
     def prefill(self, input_ids: Tensor, attention_mask: Tensor, room: int) -> tuple[Cache, Tensor]:
         """Returns a cache with room for `room` new tokens, and the state (B, C) that the first of them comes from."""
         config, (batch, width) = self.config, input_ids.shape
-        cache = Cache.empty(
-            config.n_layer,
-            batch,
-            config.n_head,
-            width + room,
-            config.hidden_size // config.n_head,
-            self.embed.weight.dtype,
-            input_ids.device,
-        )
+        layers, heads, head_width = config.cache_shape
+        cache = Cache.empty(layers, batch, heads, width + room, head_width, self.embed.weight.dtype, input_ids.device)
         states = self.decode(input_ids, cache)
         lengths = attention_mask.sum(1)  # (B,)
         cache.cut(lengths, width)

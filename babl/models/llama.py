@@ -93,6 +93,11 @@ class LlamaConfig:
             return self.rope_scaling.get("original_max_position_embeddings") or self.max_position_embeddings
         return self.max_position_embeddings
 
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        """Layers, heads and width of the keys, and of the values, that decoding remembers of each token."""
+        return self.num_hidden_layers, self.num_key_value_heads, self.head_dim
+
     @classmethod
     def from_hf(cls, config: dict[str, Any], tied: bool) -> "LlamaConfig":
         """Returns the config of a folder written by transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
@@ -339,15 +344,8 @@ class Llama(Model):
     def prefill(self, input_ids: Tensor, attention_mask: Tensor, room: int) -> tuple[Cache, Tensor]:
         """Returns a cache with room for `room` new tokens, and the state (B, C) that the first of them comes from."""
         config, (batch, width) = self.config, input_ids.shape
-        cache = Cache.empty(
-            config.num_hidden_layers,
-            batch,
-            config.num_key_value_heads,
-            width + room,
-            config.head_dim,
-            self.embed.weight.dtype,
-            input_ids.device,
-        )
+        layers, heads, head_width = config.cache_shape
+        cache = Cache.empty(layers, batch, heads, width + room, head_width, self.embed.weight.dtype, input_ids.device)
         states = self.decode(input_ids, cache)
         lengths = attention_mask.sum(1)  # (B,)
         cache.cut(lengths, width)

@@ -61,6 +61,11 @@ class T5Config:
             expected = ", ".join(map(repr, MLP_KEYS))
             raise UserError(f"feed_forward_proj is {self.feed_forward_proj!r}, expected one of {expected}")
 
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        """Layers, heads and width of the keys, and of the values, remembered of each token, read or written."""
+        return self.num_decoder_layers, self.num_heads, self.d_kv
+
     @classmethod
     def from_hf(cls, config: dict[str, Any], tied: bool) -> "T5Config":
         """Returns the config of a folder written by transformers 4 or 5.
@@ -430,15 +435,8 @@ class T5(Model):
         """
         memory, hide = self.encode(input_ids, attention_mask)
         config, batch = self.config, input_ids.shape[0]
-        cache = Cache.empty(
-            config.num_decoder_layers,
-            batch,
-            config.num_heads,
-            room + 1,
-            config.d_kv,
-            memory.dtype,
-            memory.device,
-        )
+        layers, heads, width = config.cache_shape
+        cache = Cache.empty(layers, batch, heads, room + 1, width, memory.dtype, memory.device)
         cache.cross = [cast(T5Block, block).cross.keys_values(memory) for block in self.decoder.blocks]
         cache.cross_bias = hide
         start = torch.full((batch, 1), config.decoder_start_token_id, device=input_ids.device)

@@ -21,12 +21,14 @@ from babl.models.layers import Model
 from babl.text.tokenizer import TOKENIZER_FILES
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 HEAD = "lm_head.weight"  # of every family
 SHARD_BYTES = 5 << 30  # of a weight file: what the hub stores and fetches well
 EXTRA = "extra*.safetensors"  # parameters that the family does not have, by their names here
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how the text begins that Git has in place of a large file
 # What a folder may hold of the model that was saved into it before.
-REPLACED = ("model*.safetensors", INDEX, "pytorch_model*.bin", "pytorch_model.bin.index.json", "generation_config.json")
+REPLACED = ("model*.safetensors", INDEX, "pytorch_model*.bin", PICKLE_INDEX, "generation_config.json")
 
 
 Family = Literal["t5", "llama", "bloom"]  # of which a new model can be made
@@ -91,7 +93,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder}: no config.json, so not a model folder") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected an object, found {type(config).__name__}")
@@ -140,6 +142,18 @@ def blank_model(config: Any) -> Model:
         return FAMILIES[config.model_type].model(config)
 
 
+def _model_of(folder: Path, hf: dict[str, Any], found: dict[str, StoredTensor]) -> Model:
+    """Returns the blank model that a folder's config and files are of."""
+    config = _config_of(folder, hf, found)
+    layers = config.cache_shape[0]
+    if layers > len(found):  # to build them all would take long
+        raise UserError(f"{folder}: config.json says {layers:,} layers, but there are {len(found):,} tensors")
+    try:
+        return blank_model(config)
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:  # torch's, of sizes that cannot be
+        raise UserError(f"{folder / 'config.json'}: no model has these sizes ({str(error).splitlines()[0]})") from None
+
+
 def from_pretrained(
     folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Model:
@@ -157,7 +171,7 @@ def from_pretrained(
     folder = Path(folder)
     hf = read_config(folder)
     with _tensors(folder, hf["model_type"]) as found:
-        model = blank_model(_config_of(folder, hf, found))
+        model = _model_of(folder, hf, found)
         state = {name: stored.read().to(device, dtype) for name, stored in _checked(model, folder, found).items()}
     model.load_state_dict(state, strict=False, assign=True)  # not strict: a tied head has a name, but no tensor
     model.tie_weights()
@@ -226,44 +240,75 @@ def _equal(one: StoredTensor, other: StoredTensor) -> bool:
 
 def _weight_files(folder: Path) -> list[Path]:
     """Returns the folder's files of weights; as transformers, the single one where shards are there too."""
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if (folder / INDEX).is_file():
-        names = shard_names((folder / INDEX).read_text(encoding="utf-8", errors="replace"), str(folder / INDEX))
-        absent = [name for name in names if not (folder / name).is_file()]
-        if absent:
-            raise UserError(f"{folder}: shard {absent[0]} named by {INDEX} is missing")
-        return [folder / name for name in names]
+    if files := listed_files(folder, SINGLE, INDEX):
+        return files
     pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
     if pickles:
-        raise UserError(f"{folder}: {pickles[0]} is a pickle, which can run code when read; only safetensors is loaded")
+        raise UserError(
+            f"{folder}: {pickles[0]} is a pickle, which can run code when read; only safetensors is loaded, and "
+            f"`babl convert {folder}` writes it"
+        )
     raise UserError(f"{folder}: no weights (expected {SINGLE} or {INDEX})")
+
+
+def listed_files(folder: Path, single: str, index: str) -> list[Path]:
+    """Returns the single file of weights, or else the shards that the index names; none where there is neither.
+
+    Raises:
+        UserError: The index is none, or a shard is missing.
+    """
+    if (folder / single).is_file():
+        return [folder / single]
+    if not (folder / index).is_file():
+        return []
+    text = (folder / index).read_text(encoding="utf-8", errors="replace")
+    names = shard_names(text, str(folder / index), Path(single).suffix)
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise UserError(f"{folder}: shard {absent[0]} named by {index} is missing")
+    return [folder / name for name in names]
 
 
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
+        refuse_pointer(path)
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 
 
-def shard_names(index: str, where: str) -> list[str]:
+def refuse_pointer(path: Path) -> None:
+    """The file is itself, not what Git has in its place.
+
+    Raises:
+        UserError: It is a pointer to the file, which Git LFS has not fetched.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(
+                    f"{path} is a pointer to the file, not the file; `git lfs pull` in its folder fetches it"
+                )
+
+
+def shard_names(index: str, where: str, ending: str) -> list[str]:
     """Returns the names of the files that an index, the text of a `model.safetensors.index.json`, names.
 
     Args:
         index: The text.
         where: It is from, for errors.
+        ending: Of the names of weight files.
 
     Raises:
         UserError: It is no such index, or names a file outside its folder.
     """
     try:
         names = sorted(set(json.loads(index)["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        outside = [name for name in names if Path(name).name != name or not name.endswith(ending)]
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: not an index of shards ({error})") from None
     if outside:
-        raise UserError(f"{where}: names {outside[0]!r}, expected a .safetensors file beside it")
+        raise UserError(f"{where}: names {outside[0]!r}, expected a {ending} file beside it")
     return names
 
 
@@ -366,20 +411,36 @@ def save_index(folder: Path, total: int) -> None:
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Returns family, size, dtype, bytes and context length of a model folder, without reading its weights.
+    """Returns what a model folder holds and what it takes, without reading its weights.
+
+    Parameters that head and embedding share are counted once, and once more as `shared_parameters`; `cache_per_token`
+    is how many numbers the model remembers of each token.
 
     Raises:
         UserError: `from_pretrained` would refuse the folder.
     """
-    hf = read_config(folder)
+    try:
+        return _facts(folder, read_config(folder))
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged folder provokes is a line about this folder, not the end of a list
+        raise UserError(f"{folder}: cannot be read ({type(error).__name__}: {str(error)[:200]!r})") from error
+
+
+def _facts(folder: Path, hf: dict[str, Any]) -> dict[str, Any]:
     with _tensors(folder, hf["model_type"]) as found:
-        model = blank_model(_config_of(folder, hf, found))
-        parts = [stored.part() for stored in _checked(model, folder, found).values()]
+        model = _model_of(folder, hf, found)
+        parts = {name: stored.part() for name, stored in _checked(model, folder, found).items()}
+        layers, heads, width = model.config.cache_shape
+        sizes = {name: math.prod(part.get_shape()) for name, part in parts.items()}
+        embedding = next(model.parameters())
         return {
             "family": hf["model_type"],
-            "parameters": sum(math.prod(part.get_shape()) for part in parts),
-            "dtypes": ", ".join(sorted({part.get_dtype() for part in parts})),
+            "parameters": sum(sizes.values()),
+            "shared_parameters": embedding.numel() if model.config.tie_word_embeddings else 0,
+            "dtypes": ", ".join(sorted({part.get_dtype() for part in parts.values()})),
             "bytes": sum(path.stat().st_size for path in _weight_files(folder)),
             "context": model.context_length,
+            "cache_per_token": 2 * layers * heads * width,
             "tokenizer": next((name for name in TOKENIZER_FILES if (folder / name).is_file()), "none"),
         }

@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from babl.errors import UserError, did_you_mean
 from babl.evaluation.predictions import file_hash
 from babl.generation import Engine
+from babl.generation.memory import need
 from babl.models.weights import describe
 from babl.text.tokenizer import TOKENIZER_FILES
 from babl.web.engine.prepare import Reader
 from babl.web.engine.protocol import ModelState
 
 PATTERNS = ("*", "**/model-*", "**/checkpoints/latest")  # pulled or copied models, then what `demo` and `train` leave
-SPARE = 256 << 20  # bytes of memory to leave free
+CONVERSATION = 2048  # tokens, for which there must be room beside the weights
 DIGITS = 12  # of a sha256, to name weights and tokenizers by
 
 
@@ -37,28 +37,24 @@ def find_models(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def model_state(name: str, folder: Path, device: str, dtype: str) -> ModelState:
-    """Returns what is known of a folder without reading its weights; memory is what they take in the dtype."""
+    """Returns what is known of a folder without reading its weights."""
     try:
         known = describe(folder)
+        if known["tokenizer"] == "none":
+            raise UserError(f"{folder}: no tokenizer here")
+        needed = need(known, device, dtype, CONVERSATION)
     except UserError as error:
         return ModelState(name, state="unusable", reason=str(error))
-    size = 4 if _dtype(device, dtype) == "float32" else 2  # bytes of a weight
-    state = ModelState(
+    return ModelState(
         name,
         known["family"],
         known["parameters"],
         known["bytes"],
         known["context"],
-        memory=known["parameters"] * size,
-        reason="" if known["tokenizer"] != "none" else f"{folder}: no tokenizer here",
+        memory=needed.weights,
+        needed=needed.total,
+        free=needed.free,
     )
-    return state if not state.reason else ModelState(name, state="unusable", reason=state.reason)
-
-
-def _dtype(device: str, dtype: str) -> str:
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if device in ("auto", "cuda") and torch.cuda.is_available() else "float32"
 
 
 def folder_of(name: str, folders: Sequence[Path]) -> Path:
@@ -113,21 +109,14 @@ def load_model(name: str, folders: Sequence[Path], device: str, dtype: str) -> L
     state = model_state(name, folder, device, dtype)
     if state.state == "unusable":
         raise UserError(state.reason)
-    free, needed = free_memory(device), state.memory + SPARE
-    if needed > free:
+    if state.needed > state.free:
         raise UserError(
-            f"{name} needs {needed >> 20:,} MiB of memory, but {free >> 20:,} MiB are free; unload another model"
+            f"{name} needs {state.needed >> 20:,} MiB of memory, but {state.free >> 20:,} MiB are free; unload another "
+            "model"
         )
     reader = read_reader(name, folders)
     weights, tokenizer = _hash(folder, [".safetensors"]), _hash(folder, TOKENIZER_FILES)
     return Loaded(Engine.load(folder, device, dtype), reader, weights, tokenizer, state.memory)
-
-
-def free_memory(device: str) -> int:
-    """Returns the bytes that a model can take on the device."""
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    return psutil.virtual_memory().available
 
 
 def _hash(folder: Path, endings: Sequence[str]) -> str:

@@ -245,7 +245,9 @@ class ModelState(msgspec.Struct, frozen=True):
         bytes: Of its weight files.
         context: Most tokens it can see; None where its architecture has no bound.
         state: Whether it is in memory, and whether it can be.
-        memory: Bytes it takes, or would take.
+        memory: Bytes its weights take, or would take.
+        needed: Bytes that must be free to load it and to talk to it.
+        free: Bytes that are free where it would be loaded.
         reason: Why it is unusable.
     """
 
@@ -256,6 +258,8 @@ class ModelState(msgspec.Struct, frozen=True):
     context: int | None = None
     state: LoadState = "unloaded"
     memory: int = 0
+    needed: int = 0
+    free: int = 0
     reason: str = ""
 
 

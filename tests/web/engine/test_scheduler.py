@@ -258,11 +258,11 @@ def test_what_cannot_be_answered_says_why(hand, loop, complete, monkeypatch):
     assert "this model reads at most 255" in messages[0] and "temperature is -1.0" in messages[1]
     assert messages[2] == "no model 'lama'; did you mean 'llama'?"
     assert "model_type is 'gpt2'" in messages[3] and "no weights" in messages[4]
-    monkeypatch.setattr(models, "free_memory", lambda device: 100 << 20)
+    monkeypatch.setattr("babl.generation.memory.free_memory", lambda device: 100 << 20)
     (id,) = made.submit(complete("bloom", "x"))
     loop.run(made.finish(id))
     assert made.last(id).code == "model"
-    assert made.last(id).message == "bloom needs 256 MiB of memory, but 100 MiB are free; unload another model"
+    assert made.last(id).message == "bloom needs 257 MiB of memory, but 100 MiB are free; unload another model"
 
 
 def test_a_request_that_breaks_its_preparation_fails_alone(hand, loop, chat, capsys):

@@ -26,6 +26,7 @@ ITSELF = {  # edit -> what is said of it
     "frozen-layers": {"said": parse(["encoder.blocks.*"], [])},
 }
 REFUSED = {"gradient-noise": {"fsdp", "zero2", "zero3"}, "config-section": {"zero2", "zero3"}}
+DIFFERS = {"config-section": {"fsdp"}}  # each rank draws the noise of its own shards there
 
 
 def edited(name, folder):
@@ -44,7 +45,7 @@ def wrong(rows):
 def test_a_worked_edit_agrees_with_itself(name, tmp_path):
     cases = [ALONE, RANKS, *SHARDS]
     rows = prove(Request(edited(name, tmp_path), cases, [(ALONE, 2), (SHARDS[0], 2)], itself=True, **ITSELF[name]))
-    assert wrong(rows) == []
+    assert {case.split()[1] for _, case, _ in wrong(rows)} == DIFFERS.get(name, set())
     refused = {row.case.split()[1] for row in rows if row.verdict == "not run"}
     assert refused == REFUSED.get(name, set()) and all("refused" in row.note for row in rows if row.kind == "skipped")
     assert any(row.check == "edit" for row in rows)

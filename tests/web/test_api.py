@@ -75,6 +75,20 @@ def test_mistakes_are_openais(client, server):
         )
 
 
+def test_a_value_out_of_bounds_is_refused_by_name_and_costs_nobody_anything(server, client, me):
+    engine = server.engine().pid
+    for name, value in (("seed", 10**20), ("seed", -(10**20)), ("max_tokens", 0), ("top_p", 2), ("temperature", 1e-30)):
+        with pytest.raises(openai.BadRequestError, match={"max_tokens": "max_new_tokens"}.get(name, name)):
+            client.completions.create(model="scripted", prompt="a", **{name: value})
+    for wrong in ({"seed": 10**20}, {"temperature": "hot"}, {"top_k": 2**40}, {"unknown": 1}):
+        me.call("POST", "/api/conversations", 400, json={"settings": wrong})
+        me.ask(me.conversation(), "x", 400, settings=wrong)
+        me.call("POST", "/api/count", 400, json={"content": "x", "model": "scripted", "settings": wrong})
+    for seed in (-1, 2**63 - 1, -(2**63)):
+        client.completions.create(model="scripted", prompt="tokens=1 delay=0 a", seed=seed, extra_body={"top_k": -1})
+    assert server.engine().pid == engine
+
+
 def test_a_question_about_a_context(server, key):
     http = httpx.Client(base_url=server.address, headers={"Authorization": f"Bearer {key}"})
     body = {"model": "scripted", "question": "tokens=2 delay=0 where?", "context": "In Lima, Peru."}

@@ -92,7 +92,10 @@ class Sampling(msgspec.Struct, kw_only=True):
         longest = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         given |= {} if longest is None else {"max_new_tokens": longest}
         given |= {"stop": [self.stop] if isinstance(self.stop, str) else self.stop} if self.stop else {}
-        return Settings(**given)
+        # As elsewhere, -1 may stand for all tokens, and a seed be any integer of 64 bits.
+        given |= {"top_k": 0} if self.top_k == -1 else {}
+        given |= {"seed": self.seed % 2**63} if self.seed is not None and -(2**63) <= self.seed < 0 else {}
+        return msgspec.convert(given, Settings)
 
 
 class Chat(Sampling, kw_only=True):

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+import msgspec
 from django.contrib.postgres.search import SearchQuery, SearchVector
 from django.db import connection
 from django.db.models import Q, QuerySet
@@ -255,7 +256,11 @@ def feedback_json(given: Feedback | None) -> dict[str, Any] | None:
 
 
 def request(answer: Generation) -> Request:
-    """Returns what the engine is asked for this answer."""
+    """Returns what the engine is asked for this answer.
+
+    Raises:
+        msgspec.ValidationError: Its settings are not `Settings`, stored before they were checked.
+    """
     question, conversation = answer.message.parent, answer.message.conversation
     passage = question.passage if answer.with_context else None
     turns = history(path(question.id)) if answer.kind == Generation.Kind.CHAT else []
@@ -267,7 +272,7 @@ def request(answer: Generation) -> Request:
         question.content,
         passage,
         turns,
-        Settings(**answer.settings),
+        msgspec.convert(answer.settings, Settings),
     )
 
 

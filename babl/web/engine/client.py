@@ -37,6 +37,7 @@ from babl.web.engine.protocol import (
     Request,
     Stats,
     Unload,
+    Unreadable,
 )
 from babl.web.engine.turns import MOST_RUNNING, MOST_WAITING
 
@@ -252,6 +253,8 @@ class EngineClient:
         try:
             self._line.send(make(id))
             result = await answer
+        except ValueError as error:
+            raise EngineError(Failed(id, "prompt", str(error))) from None
         finally:
             self._calls.pop(id, None)
         assert isinstance(result, kind)
@@ -295,7 +298,12 @@ class EngineClient:
             if not call.done():
                 call.set_exception(EngineError(Failed(id, "engine", reason)))
 
-    def _receive(self, message: FromEngine) -> None:
+    def _receive(self, message: FromEngine | Unreadable) -> None:
+        if isinstance(message, Unreadable):
+            print(f"babl engine: what it said of {message.id} cannot be read ({message.reason})", file=sys.stderr)
+            message = Failed(message.id, "engine", "what the engine said cannot be read")
+        if isinstance(message, Failed) and message.id in self._calls:
+            message = Reply(message.id, message)
         if isinstance(message, Ready):
             self.pid = message.pid
             self._hopeless = ""

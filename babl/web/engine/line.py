@@ -14,7 +14,7 @@ class Line(asyncio.Protocol):
 
     Args:
         types: Of the messages that come.
-        receive: Called with each of them, in order.
+        receive: Called with each of them, in order; with `Unreadable` for one that is no message.
         lost: Called once, with the reason or None, when nothing comes any more.
         made: Called with the line when the other end is there.
     """
@@ -61,7 +61,7 @@ class Line(asyncio.Protocol):
         """The message is on its way; to an end that has gone it is not.
 
         Raises:
-            ValueError: It is too long.
+            ValueError: It is too long, or cannot be encoded.
         """
         data = frame(message)
         if not self._transport.is_closing():

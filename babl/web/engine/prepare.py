@@ -17,7 +17,6 @@ from babl.text import Tokenizer, load_tokenizer
 from babl.text.prompts import Message as Turn
 from babl.text.prompts import Style, prompt_ids
 from babl.web.engine.protocol import (
-    MOST_NEW_TOKENS,
     ChatRequest,
     CompletionRequest,
     Counted,
@@ -29,7 +28,6 @@ from babl.web.engine.protocol import (
 
 MOST_PROMPT = 2048  # tokens, where the architecture has no bound of its own
 MOST_WINDOWS = 256
-MOST_STOPS = 16
 WINDOW, STRIDE = 512, 128  # tokens, for a model that does not say what it was trained with
 ANSWER_ROOM = 64  # tokens of the context that a question leaves for its answer
 ROLES = ("system", "user", "assistant")
@@ -129,8 +127,7 @@ def prepare(request: Request, reader: Reader) -> Prepared:
     oldest messages give way, and are counted.
 
     Raises:
-        UserError: Settings are out of bounds, the messages are not a conversation, or the context is too long even for
-            windows.
+        UserError: The messages are not a conversation, or the context is too long even for windows.
     """
     config = _config(request.settings)
     if isinstance(request, CompletionRequest):
@@ -141,10 +138,6 @@ def prepare(request: Request, reader: Reader) -> Prepared:
 
 
 def _config(settings: Settings) -> GenerationConfig:
-    if settings.max_new_tokens > MOST_NEW_TOKENS:
-        raise UserError(f"max_new_tokens is {settings.max_new_tokens}, expected at most {MOST_NEW_TOKENS}")
-    if len(settings.stop) > MOST_STOPS:
-        raise UserError(f"stop has {len(settings.stop)} strings, expected at most {MOST_STOPS}")
     return GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,

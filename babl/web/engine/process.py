@@ -32,6 +32,7 @@ from babl.web.engine.protocol import (
     Stats,
     ToEngine,
     Unload,
+    Unreadable,
 )
 from babl.web.engine.turns import MOST_RUNNING, MOST_WAITING
 
@@ -70,6 +71,8 @@ class Server:
         """The message is on its way to the worker."""
         if isinstance(message, Request):
             self.worker.submit(message)
+        elif isinstance(message, Unreadable):
+            self.line.send(Failed(message.id, "prompt", f"the request cannot be read ({message.reason})"))
         elif isinstance(message, Cancel):
             self.worker.cancel(message.id)
         else:
@@ -96,7 +99,10 @@ class Server:
         except Exception as error:
             traceback.print_exc(file=sys.stderr)
             result = Failed(message.id, "engine", f"the engine could not say ({type(error).__name__})")
-        self.line.send(Reply(message.id, result))
+        try:
+            self.line.send(Reply(message.id, result))
+        except ValueError as error:  # whoever waits for it is told all the same
+            self.line.send(Failed(message.id, "engine", f"what the engine would say cannot be sent ({error})"))
 
 
 async def serve(socket: str, make: Callable[[Callable[[Event], None]], Worker]) -> int:

@@ -9,8 +9,22 @@ from typing import Literal
 
 import msgspec
 
+from babl.errors import UserError
+
 MOST_NEW_TOKENS = 8192  # of one answer: room for all of them is reserved when it begins
 MOST_FRAME = 16 << 20  # bytes
+MOST_STOPS = 16
+MOST_STOP = 1000  # characters of one
+LEAST_TEMPERATURE = 0.001  # of those above 0: logits divided by less are no longer finite
+BOUNDS: dict[str, tuple[float, float]] = {  # of `Settings`, both included
+    "max_new_tokens": (1, MOST_NEW_TOKENS),
+    "temperature": (0, 100),
+    "top_k": (0, 2**31 - 1),
+    "top_p": (1e-6, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 100),
+    "seed": (0, 2**63 - 1),
+}
 
 FinishReason = Literal["eos", "stop", "length", "context", "cancelled"]
 FailureCode = Literal["model", "busy", "prompt", "engine"]
@@ -24,8 +38,11 @@ class Message(msgspec.Struct, frozen=True):
     content: str
 
 
-class Settings(msgspec.Struct, frozen=True):
-    """How an answer is chosen, as in `babl.generation.GenerationConfig`, which refuses what is out of bounds.
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How an answer is chosen, as in `babl.generation.GenerationConfig`.
+
+    The one place where settings are checked, whether they come from the page, the API or an imported file: what is out
+    of `BOUNDS` cannot be made or decoded, so whatever is stored or sent can be encoded and read by the engine.
 
     Attributes:
         max_new_tokens: At most `MOST_NEW_TOKENS`.
@@ -36,6 +53,9 @@ class Settings(msgspec.Struct, frozen=True):
         repetition_penalty: 1 for none.
         seed: Of what is drawn.
         stop: The answer ends before the first of these.
+
+    Raises:
+        UserError: A value is out of bounds; decoding raises `msgspec.ValidationError`, which also tells where.
     """
 
     max_new_tokens: int = 256
@@ -46,6 +66,19 @@ class Settings(msgspec.Struct, frozen=True):
     repetition_penalty: float = 1.0
     seed: int = 0
     stop: list[str] = []
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in BOUNDS.items():
+            value = getattr(self, name)
+            if not least <= value <= most:  # NaN is not, either
+                raise UserError(f"{name} is {value}, expected {least} to {most}")
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise UserError(f"temperature is {self.temperature}, expected 0, or at least {LEAST_TEMPERATURE}")
+        if len(self.stop) > MOST_STOPS:
+            raise UserError(f"stop has {len(self.stop)} strings, expected at most {MOST_STOPS}")
+        for length in map(len, self.stop):
+            if not 1 <= length <= MOST_STOP:
+                raise UserError(f"stop has a string of {length} characters, expected 1 to {MOST_STOP}")
 
 
 class ChatRequest(msgspec.Struct, frozen=True, tag="chat"):
@@ -311,12 +344,28 @@ def frame(message: msgspec.Struct) -> bytes:
     """Returns the message with its length before it.
 
     Raises:
-        ValueError: It has more than `MOST_FRAME` bytes.
+        ValueError: It has more than `MOST_FRAME` bytes, or a value that msgpack has no form for.
     """
-    body = _encoder.encode(message)
+    try:
+        body = _encoder.encode(message)
+    except (OverflowError, TypeError, ValueError) as error:  # such as an integer beyond 64 bits, or half a surrogate
+        raise ValueError(f"the message cannot be encoded ({error})") from None
     if len(body) > MOST_FRAME:
         raise ValueError(f"the message has {len(body)} bytes, expected at most {MOST_FRAME}")
     return _HEADER.pack(len(body)) + body
+
+
+class Unreadable(msgspec.Struct, frozen=True):
+    """Stands for a frame that is whole and says whose it is, but is no message: only that request or call fails."""
+
+    id: str
+    reason: str
+
+
+class _Named(msgspec.Struct):
+    """What all messages of requests and calls have."""
+
+    id: str
 
 
 class Frames:
@@ -327,10 +376,10 @@ class Frames:
         self._bytes = bytearray()
 
     def feed(self, data: bytes) -> list:
-        """Returns the messages that are whole now, in order.
+        """Returns the messages that are whole now, in order; `Unreadable` for one that is none but has an id.
 
         Raises:
-            ValueError: A frame is too long or not a message; what follows cannot be read any more.
+            ValueError: A frame is too long, or has no id; the other end does not speak this protocol.
         """
         self._bytes += data
         found = []
@@ -341,9 +390,17 @@ class Frames:
             end = _HEADER.size + size
             if len(self._bytes) < end:
                 break
-            try:
-                found.append(self._decoder.decode(bytes(self._bytes[_HEADER.size : end])))
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"a frame is not a message ({error})") from None
+            body = bytes(self._bytes[_HEADER.size : end])
             del self._bytes[:end]
+            try:
+                found.append(self._decoder.decode(body))
+            except (ValueError, RecursionError) as error:  # msgspec's and UnicodeDecodeError are ValueErrors
+                found.append(Unreadable(_id_of(body), str(error)))
         return found
+
+
+def _id_of(body: bytes) -> str:
+    try:
+        return msgspec.msgpack.decode(body, type=_Named).id
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"a frame is not a message ({error})") from None

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import msgspec
 import psutil
 import pytest
 
@@ -80,7 +81,7 @@ def test_models_are_listed_loaded_counted_and_refused(client, loop, chat, ask):
     assert counted.windows > 1 and counted.cut_tokens == 0
     for call, code, message in (
         (client.load("odd"), "model", "model_type is 'gpt2'"),
-        (client.count(chat("bloom", "x", top_k=-1)), "prompt", "top_k is -1"),
+        (client.count(chat("bloom", "x", "y")), "prompt", "the last message is not the user"),
     ):
         with pytest.raises(EngineError, match=message) as error:
             loop.run(call)
@@ -288,7 +289,8 @@ def test_the_process_waits_for_who_does_not_keep_up(process, loop, chat):
 
     async def read_late():
         line._transport.pause_reading()
-        line.send(chat("scripted", "tokens=30000 delay=0 word", max_new_tokens=30000))
+        request = chat("scripted", "tokens=8192 delay=0 " + "word" * 200, max_new_tokens=8192)
+        line.send(request)
         before = -1.0
         while used().user > before:  # until its buffers are full
             before = used().user
@@ -298,7 +300,7 @@ def test_the_process_waits_for_who_does_not_keep_up(process, loop, chat):
         text = ""
         while not isinstance(message := await messages.get(), Done):
             text += message.text if isinstance(message, Delta) else ""
-        assert message.tokens == 30000 and text == message.text
+        assert message.tokens == 8192 and text == message.text
         return before, used().user
 
     blocked, whole = loop.run(read_late())
@@ -339,6 +341,31 @@ def test_an_engine_that_cannot_be_started_keeps_nobody_waiting(program, loop, mo
     loop.run(client.stop())
     (events,) = answer(client, chat("scripted", "x"))
     assert (events[-1].code, events[-1].message) == ("engine", "the engine is not started")
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", 10**20), ("temperature", "hot"), ("stop", ["\ud800"])])
+def test_a_frame_that_cannot_be_sent_or_read_ends_its_request_alone(started, loop, chat, name, value):
+    client = started(scripted=True)
+    wrong = chat("scripted", "a")
+    msgspec.structs.force_setattr(wrong.settings, name, value)  # as if nobody had checked it
+
+    async def ask():
+        others = client.submit(chat("scripted", "tokens=30 delay=0.02 b"))
+        async for event in others:
+            if isinstance(event, Delta):
+                break
+        pid, (failed,) = client.pid, [event async for event in client.submit(wrong)]
+        with pytest.raises(EngineError) as counting:
+            await client.count(wrong)
+        end = [event async for event in others][-1]
+        assert (failed.code, counting.value.code) == ("prompt", "prompt") and end.finish == "eos"
+        assert client.pid == pid and client.restarts == 0
+        os.kill(pid, signal.SIGKILL)
+        while client.restarts == 0 or client.pid is None:
+            await asyncio.sleep(0.02)
+        return [event async for event in client.submit(chat("scripted", "tokens=1 delay=0 c"))][-1].text
+
+    assert loop.run(asyncio.wait_for(ask(), 30)) == "c", "the new process is not handed the wrong frame again"
 
 
 def test_a_request_too_long_for_a_frame_is_refused(client, answer, complete, monkeypatch):

@@ -102,22 +102,6 @@ def test_what_cannot_be_cut_is_counted_and_refused(readers, complete, chat):
         prepare(chat("bloom", LONG * 20), readers["bloom"]).check()
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"temperature": -1.0}, "temperature is -1.0, expected at least 0"),
-        ({"top_p": 1.5}, "top_p is 1.5 and min_p"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0, expected at least 1"),
-        ({"max_new_tokens": 8193}, "max_new_tokens is 8193, expected at most 8192"),
-        ({"stop": ["x"] * 17}, "stop has 17 strings, expected at most 16"),
-        ({"stop": [""]}, "stop_strings has an empty one"),
-    ],
-)
-def test_settings_out_of_bounds_are_named(readers, chat, settings, message):
-    with pytest.raises(UserError, match=message):
-        prepare(chat("bloom", "the fox", **settings), readers["bloom"])
-
-
 def test_an_empty_prompt_is_read_where_there_is_a_token_to_begin_with(readers, complete):
     prepare(complete("t5", ""), readers["t5"]).check()
     with pytest.raises(UserError, match="the prompt is empty, and this model has no token to begin with"):

@@ -111,7 +111,7 @@ def pull(
         raise UserError(f"{folder} is there already; remove it, or choose another --to")
     aside = folder.with_name(f".{folder.name}.part")
     try:
-        api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+        api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
         try:
             repository, weights = _choose(api, repo_id, revision, pickles, aside, say)
         except (UserError, errors.GatedRepoError):

@@ -30,7 +30,8 @@ class Hub(http.server.ThreadingHTTPServer):
 
     def __init__(self, repos):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repos = repos  # name -> {revision: {file: bytes}}, or the error code of a repository that is not shown
+        # Name -> {file: bytes} of main, or an error code; "name@refs/pr/N" of a pull request.
+        self.repos = repos
         self.gated = set()  # repositories that are described, but give no file
         self.announced = {}  # file -> another size than it has
         self.cut = set()  # files whose first transfer breaks off in the middle
@@ -42,13 +43,14 @@ class Hub(http.server.ThreadingHTTPServer):
         """Names of the files whose content was asked for."""
         return [path.split("/")[-1] for method, path, _ in self.requests if method == "GET" and "/resolve/" in path]
 
+    def refs(self, repo):
+        """Revision -> (commit, files)."""
+        named = {name.partition("@")[2] or "main": name for name in self.repos if name.partition("@")[0] == repo}
+        return {ref: (hashlib.sha1(name.encode()).hexdigest(), self.repos[name]) for ref, name in named.items()}
+
     def find(self, repo, revision):
         """The commit and the files of a branch, a pull request or a commit; no files where there is none."""
-        for name, files in self.repos[repo].items():
-            commit = hashlib.sha1(f"{repo} {name}".encode()).hexdigest()
-            if revision in (name, commit):
-                return commit, files
-        return "", None
+        return next((each for ref, each in self.refs(repo).items() if revision in (ref, each[0])), ("", None))
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -120,7 +122,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if kind == "refs":
             every = [
                 {"name": name, "ref": f"refs/heads/{name}" if name == "main" else name, "targetCommit": "x"}
-                for name in self.server.repos[repo]
+                for name in self.server.refs(repo)
             ]
             requests = [ref for ref in every if ref["ref"].startswith("refs/pr/")]
             branches = [ref for ref in every if ref not in requests]
@@ -174,48 +176,48 @@ def layouts(tmp_path_factory):
         return files | {"model.safetensors.index.json": index}
 
     def of(files, **changes):
-        return {"main": files | {"config.json": json.dumps(config | changes).encode()}}
+        return files | {"config.json": json.dumps(config | changes).encode()}
 
     heavy = plain | {"model.safetensors": big}
     index = json.dumps({"weight_map": {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}}).encode()
     halves = {"pytorch_model-1.bin": big, "pytorch_model-2.bin": big, "pytorch_model.bin.index.json": index}
     lacking = {name: content for name, content in shards.items() if not name.startswith("model-00002")}
     return {
-        "me/shards": {"main": shards},
-        "me/underscore": {"main": renamed("model-", "model_")},
-        "me/stem": {"main": renamed("model-", "weights.part-") | {"model-00001-of-00009.safetensors": big}},
-        "me/both": {"main": shards | single},
-        "me/requested": {
-            "main": pickled,
-            "refs/pr/2": plain | {"model.safetensors": b"an older one"},
-            "refs/pr/10": single,
-            "refs/pr/11": plain | {"README.md": b"#"},
-        },
-        "me/requested-other": {"main": pickled, "refs/pr/4": heavy | {"config.json": b'{"model_type": "gpt2"}'}},
-        "me/pickled": {"main": pickled, "refs/pr/1": pickled | {"README.md": b"#"}},
-        "me/pickled-shards": {"main": plain | halves},
-        "me/pickled-lacking": {"main": plain | {name: halves[name] for name in halves if "-2" not in name}},
-        "me/lacking": {"main": lacking},
-        "me/outside": {"main": renamed('"model-', '"../model-')},
-        "me/no-index": {"main": plain | {"model.safetensors.index.json": b"[]"}},
-        "me/bare": {"main": plain},
-        "me/adapter": {"main": {"adapter_config.json": b"{}", "adapter_model.safetensors": big}},
-        "me/gguf": {"main": {"model-q4.gguf": big}},
-        "me/other": {"main": heavy | {"config.json": b'{"model_type": "gpt2"}'}},
-        "me/list": {"main": heavy | {"config.json": b"[]"}},
+        "me/shards": shards,
+        "me/underscore": renamed("model-", "model_"),
+        "me/stem": renamed("model-", "weights.part-") | {"model-00001-of-00009.safetensors": big},
+        "me/both": shards | single,
+        "me/requested": pickled,
+        "me/requested@refs/pr/2": plain | {"model.safetensors": b"an older one"},
+        "me/requested@refs/pr/10": single,
+        "me/requested@refs/pr/11": plain | {"README.md": b"#"},
+        "me/requested-other": pickled,
+        "me/requested-other@refs/pr/4": heavy | {"config.json": b'{"model_type": "gpt2"}'},
+        "me/pickled": pickled,
+        "me/pickled@refs/pr/1": pickled | {"README.md": b"#"},
+        "me/pickled-shards": plain | halves,
+        "me/pickled-lacking": plain | {name: halves[name] for name in halves if "-2" not in name},
+        "me/lacking": lacking,
+        "me/outside": renamed('"model-', '"../model-'),
+        "me/no-index": plain | {"model.safetensors.index.json": b"[]"},
+        "me/bare": plain,
+        "me/adapter": {"adapter_config.json": b"{}", "adapter_model.safetensors": big},
+        "me/gguf": {"model-q4.gguf": big},
+        "me/other": heavy | {"config.json": b'{"model_type": "gpt2"}'},
+        "me/list": heavy | {"config.json": b"[]"},
         "me/gptq": of(heavy, quantization_config={"quant_method": "gptq", "bits": 4}),
         "me/yarn": of(heavy, rope_scaling={"rope_type": "yarn", "factor": 4.0}),
         "me/gelu": of(heavy, hidden_act="gelu"),
         "me/texts": of(heavy, num_hidden_layers="2"),
         "me/hidden": "GatedRepo",
-        "me/gated": {"main": heavy},
+        "me/gated": heavy,
     }
 
 
 @pytest.fixture
 def hub(model, layouts):
     extra = {"README.md": b"#", "pytorch_model.bin": b"pickle", "onnx/model.safetensors": b"x"}
-    hub = Hub({"me/tiny": {"main": model | extra}} | layouts)
+    hub = Hub({"me/tiny": model | extra} | layouts)
     hub.gated = {"me/gated"}
     thread = threading.Thread(target=hub.serve_forever, daemon=True)
     thread.start()
@@ -292,7 +294,7 @@ def test_a_killed_pull_goes_on_where_it_was_and_keeps_nothing_else(hub, pull, mo
 def test_weights_are_those_that_the_index_names_or_the_single_file(hub, pull, layouts, tmp_path, name):
     result = pull(f"me/{name}", "--to", "m")
     assert result.returncode == 0, result.stderr
-    files = layouts[f"me/{name}"]["main"]
+    files = layouts[f"me/{name}"]
     taken = {path.name for path in (tmp_path / "m").iterdir()}
     if name == "both":
         assert {each for each in taken if "safetensors" in each} == {"model.safetensors"}
@@ -300,7 +302,7 @@ def test_weights_are_those_that_the_index_names_or_the_single_file(hub, pull, la
         named = set(json.loads(files["model.safetensors.index.json"])["weight_map"].values())
         assert len(named) > 1
         assert {each for each in taken if "safetensors" in each} == named | {"model.safetensors.index.json"}
-    (tmp_path / "single.safetensors").write_bytes(layouts["me/requested"]["refs/pr/10"]["model.safetensors"])
+    (tmp_path / "single.safetensors").write_bytes(layouts["me/requested@refs/pr/10"]["model.safetensors"])
     published = load_file(tmp_path / "single.safetensors")
     state = from_pretrained(tmp_path / "m").state_dict()
     assert torch.equal(state["embed.weight"], published["model.embed_tokens.weight"])
@@ -314,7 +316,7 @@ def test_the_newest_pull_request_with_safetensors_is_taken_and_named(hub, pull, 
         "the pickles of main, for `babl convert`"
     ]
     files = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
-    assert files == layouts["me/requested"]["refs/pr/10"]
+    assert files == layouts["me/requested@refs/pr/10"]
     assert not any(name.endswith(".bin") for name in hub.fetched)
 
 
@@ -327,7 +329,7 @@ def test_pickles_are_fetched_on_request_alone(hub, pull, layouts, tmp_path):
             "safetensors\n"
         )
         taken = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
-        assert taken == layouts[f"me/{name}"]["main"] and sum(".bin" in each for each in taken) == weights
+        assert taken == layouts[f"me/{name}"] and sum(".bin" in each for each in taken) == weights
     assert pull("me/both", "--to", "both", "--pickles").stderr == ""  # safetensors come first
 
 

@@ -271,7 +271,8 @@ def test_a_request_that_breaks_its_preparation_fails_alone(hand, loop, chat, cap
     (id,) = made.submit(chat("talks", "x"))
     made.turn()
     assert made.last(id).code == "prompt" and "chat template failed" in made.last(id).message
-    made.scheduler._desks["talks"].loaded.reader.tokenizer.chat_template = "{{ messages | length + 'x' }}"
+    made.scheduler._desks["talks"].loaded.reader.tokenizer.chat_template = "{{ messages | length }}"
+    made.scheduler._desks["talks"].loaded.reader.tokenizer.encode_chat = None
     (id,) = made.submit(chat("talks", "x"))
     made.turn()
     assert made.last(id) == Failed(id, "prompt", "the prompt cannot be made (TypeError)")

@@ -21,7 +21,7 @@ from babl.evaluation.predictions import (
     refuse_overlong,
 )
 from babl.evaluation.squad import question_scores, score
-from babl.evaluation.statistics import estimate
+from babl.evaluation.statistics import estimate_score
 from babl.generation import Engine
 from babl.text import Tokenizer
 from babl.text.normalize import normalize_answer
@@ -144,13 +144,13 @@ def summarize(data: dict[str, Any], predictions: list[Prediction]) -> dict[str, 
 
     With probabilities that there is no answer, best_* and the average precisions are among them.
     exact_interval: Of exact match, 95 %, for this trained model on new articles (`Estimate.score_interval`); None, and
-        the reason under no_interval, where there are too few articles or they do not differ.
+        the reason under no_interval, where articles, or right or wrong answers, are too few, or articles do not differ.
     """
     answers = {p.id: p.prediction for p in predictions}
     scores = question_scores(data, answers)
     titles = [s.title for s in scores.values()]
     exact = np.array([100 * s.exact for s in scores.values()])
-    sure = estimate(exact[None], titles)
+    sure = estimate_score(exact[None], titles)
     interval = sure.score_interval()
     metrics = score(data, answers, na_probabilities(predictions)) | {
         "exact_interval": interval and tuple(round(end, DIGITS) for end in interval),

@@ -11,7 +11,7 @@ A contrast passes the differences (S, N) of two arms that share seeds and questi
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from scipy import optimize, stats
 
 FEWEST_ARTICLES, LARGEST_SHARE = 5, 1 / 3  # beyond these, intervals over articles miss the 95 % they name
 FEWEST_SEEDS, FEWEST_ARTICLES_WITH_SEEDS = 3, 15  # likewise, intervals over seeds and articles
+FEWEST_ANSWERS = 5  # right, and wrong; below, the interval of a score covers as little as 80 %
 _BLOCK = 1 << 22  # most numbers drawn at once: 32 MiB
 _AGREE = 1e-9  # a standard error below this share of the greatest score is rounding
 
@@ -52,7 +53,7 @@ class Estimate:
         return self.mean - reach, self.mean + reach
 
     def score_interval(self, level: float = 0.95) -> Interval | None:
-        """Returns Wilson's interval with Student's quantile, for scores from 0 to 100.
+        """Returns Wilson's interval with Student's quantile, for an estimate of `estimate_score`.
 
         Student's own interval misses means near 0 and 100, where few answers are right or few are wrong: with 10
         articles of 20 questions and 2 % right it covers 92 %, this one 97 %, and it stays between 0 and 100. The
@@ -90,7 +91,7 @@ def estimate(values: np.ndarray, clusters: Sequence[str], scope: Scope | None = 
     By simulation (tests/evaluation/test_calibration.py) intervals cover 93 to 97 %: of one model, of a difference and
     of the mean of several seeds, from 5 articles up and however unequal they are as long as none holds more than a
     third of the questions; over seeds, from 3 seeds and 15 articles up. They are wider than they need be (98 to 99 %)
-    where fewer than about ten answers are right, or where arms differ by nothing but each question's noise.
+    where arms differ by nothing but each question's noise.
 
     Args:
         values: (S, N) float, a row per seed.
@@ -104,6 +105,26 @@ def estimate(values: np.ndarray, clusters: Sequence[str], scope: Scope | None = 
     if not unknown and error <= _AGREE * np.abs(values).max():
         unknown = "all articles agree exactly, so nothing shows how far others would differ"
     return Estimate(float(values.mean()), None if unknown else error, df, scope, unknown)
+
+
+def estimate_score(values: np.ndarray, clusters: Sequence[str]) -> Estimate:
+    """Returns `estimate` of scores from 0 to 100, without an error where too few answers are right, or wrong.
+
+    With fewer than `FEWEST_ANSWERS` of either, a model's rate of rare answers is anybody's guess: of 30 articles with
+    one question each and 3 % right, 90 % of the intervals would hold the truth, of 48 and 1 % right, 79 %. A question
+    counts as right that some seed answers so, in F1 with the best credit, and likewise as wrong.
+
+    Args:
+        values: (S, N) percent, a row per seed.
+        clusters: N names.
+    """
+    found = estimate(values, clusters)
+    right, wrong = float(values.max(0).sum() / 100), float((100 - values.min(0)).sum() / 100)
+    if found.unknown or min(right, wrong) > FEWEST_ANSWERS - 1e-9:
+        return found
+    few = f"{right:.3g} right" if right < wrong else f"{wrong:.3g} wrong"
+    unknown = f"{few} of {values.shape[1]} answers, and an interval needs {FEWEST_ANSWERS}"
+    return replace(found, error=None, unknown=unknown)
 
 
 def widest_scope(seeds: int, articles: int) -> Scope:

@@ -16,7 +16,7 @@ from babl.evaluation.baselines import baselines
 from babl.evaluation.errors import ERROR_KINDS, error_kind
 from babl.evaluation.selective import selective_report
 from babl.evaluation.squad import question_scores
-from babl.evaluation.statistics import estimate, randomisation_test
+from babl.evaluation.statistics import estimate, estimate_score, randomisation_test
 from babl.experiment.contrasts import (
     REFERENCES,
     Pair,
@@ -96,7 +96,7 @@ def _mean_row(results: Results, values: np.ndarray, metric: Metric) -> Row:
     """Returns the mean of (S, N) scores, the standard deviation of the seeds' means, and the interval."""
     if not len(values):
         return dict.fromkeys([metric, f"{metric}_sd", f"{metric}_low", f"{metric}_high", f"{metric}_scope"])
-    sure = estimate(values, results.titles)
+    sure = estimate_score(values, results.titles)
     sd = values.mean(1).std(ddof=1) if len(values) > 1 else None
     row = {metric: sure.mean, f"{metric}_sd": sd, **ends(sure.score_interval(), 0, f"{metric}_")}
     return row | {f"{metric}_scope": sure.scope}
@@ -288,7 +288,7 @@ def positions(results: Results) -> list[Row]:
             mask = labels == position
             if mask.any():
                 row = {"model": model, "side": side, "position": position, "n": int(mask.sum()), "metric": metric}
-                sure = estimate(values[:, mask], results.titles[mask])
+                sure = estimate_score(values[:, mask], results.titles[mask])
                 rows.append(row | {metric: sure.mean, **ends(sure.score_interval(), 0, f"{metric}_")})
                 rows[-1][f"{metric}_scope"] = sure.scope
     return rows
@@ -348,7 +348,7 @@ def counterfactual(results: Results) -> list[Row]:
             for grade, mask in parts.items():
                 n, o = new[:, mask].mean(), old[:, mask].mean()
                 row = {"model": model, "arm": arm, "grade": grade, "n": int(mask.sum()), "new_exact": n}
-                sure = estimate(new[:, mask], results.titles[mask])
+                sure = estimate_score(new[:, mask], results.titles[mask])
                 row |= ends(sure.score_interval(), 0, "new_exact_") | {"new_exact_scope": sure.scope}
                 rows.append(row | {"old_exact": o, "memorised": o / (o + n) if o + n else None})
     return rows

@@ -17,7 +17,7 @@ import jinja2
 import numpy as np
 
 from babl.data.overlap import DECLARED, OVERLAP_BIASES
-from babl.evaluation.statistics import FEWEST_ARTICLES, FEWEST_ARTICLES_WITH_SEEDS, FEWEST_SEEDS
+from babl.evaluation.statistics import FEWEST_ANSWERS, FEWEST_ARTICLES, FEWEST_ARTICLES_WITH_SEEDS, FEWEST_SEEDS
 from babl.experiment import analysis, figures
 from babl.experiment.contrasts import Row, contrasts, primary_details
 from babl.experiment.figures import SHORT
@@ -28,7 +28,8 @@ LEVEL = 0.05
 METRICS = {"exact": "exact match", "f1": "F1"}
 NO_INTERVAL = (
     f"[–]: none that would hold, with fewer than {FEWEST_ARTICLES} articles, one with more than a third of the "
-    "questions, or articles that all agree exactly."
+    "questions, or articles that all agree exactly; of a score, with fewer than "
+    f"{FEWEST_ANSWERS} right or wrong answers."
 )
 IN_WORDS = {"gold": "with the context", "none": "without it"}
 

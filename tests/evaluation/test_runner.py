@@ -39,6 +39,7 @@ def test_the_interval_of_single_questions_is_nearly_wilsons_and_short_to_write()
         ([[True] * 12 + [False] * 11], "1 article, and an interval needs 5"),
         ([[True, False]] * 4, "4 articles, and an interval needs 5"),
         ([[False, False]] * 30, "all articles agree exactly, so nothing shows how far others would differ"),
+        ([[False]] * 28 + [[True]] * 2, "2 right of 30 answers, and an interval needs 5"),
     ],
 )
 def test_an_interval_that_would_not_hold_is_not_given_and_the_reason_is(right, reason):

@@ -9,6 +9,7 @@ from babl.evaluation.statistics import (
     crossed_standard_error,
     equivalence_test,
     estimate,
+    estimate_score,
     expected_standard_error,
     holm,
     mcnemar,
@@ -67,6 +68,27 @@ def test_scores_of_independent_questions_have_wilsons_interval():
     low, high = estimate(right[None], [str(i) for i in range(500)]).score_interval()
     assert (low / 100, high / 100) == pytest.approx(theirs, rel=0.01)  # Student's quantile, and n - 1
     assert 0 < low < 7.4 < high
+
+
+@pytest.mark.parametrize(
+    ("right", "reason"),
+    [
+        (4, "4 right of 40 answers, and an interval needs 5"),
+        (5, ""),
+        (35, ""),
+        (36, "4 wrong of 40 answers, and an interval needs 5"),
+    ],
+)
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_score_of_few_right_or_few_wrong_answers_has_no_interval(seeds, right, reason):
+    values = np.tile(np.repeat([100.0, 0.0], [right, 40 - right]), (seeds, 1))
+    found = estimate_score(values, articles([1] * 40))
+    assert found.unknown == reason and (found.score_interval() is None) == bool(reason)
+    halves = np.repeat([50.0, 0.0], [2 * right, 80 - 2 * right])[None]  # half the words of twice as many answers
+    assert (estimate_score(halves, articles([1] * 80)).score_interval() is None) == (right < 5)
+    assert estimate(values, articles([1] * 40)).interval() is not None  # a difference may be that rare
+    other = np.roll(values[:1], 20, axis=1)  # a seed that is right and wrong elsewhere
+    assert estimate_score(np.concatenate([values, other]), articles([1] * 40)).score_interval() is not None
 
 
 def test_conclusions_are_about_the_trained_models_where_seeds_or_articles_are_few(uneven):

@@ -1,10 +1,12 @@
 import html.parser
+import resource
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from babl.web.chat.render import TAGS, render
+from babl.web.chat.markdown import TAGS, to_html
+from babl.web.chat.render import render
 
 ATTACKS = [
     "<script>alert(1)</script>",
@@ -48,7 +50,7 @@ class Reader(html.parser.HTMLParser):
 
 def check(markdown):
     reader = Reader()
-    reader.feed(render(markdown))
+    reader.feed(to_html(markdown))
     reader.close()
 
 
@@ -64,9 +66,25 @@ def test_no_text_becomes_more_than_text(markdown):
 
 
 def test_markdown_looks_like_markdown():
-    assert render("**a** `b`") == "<p><strong>a</strong> <code>b</code></p>\n"
-    assert 'class="hl-' in render("```python\ndef f(): pass\n```")
-    assert "<td" in render("| a |\n|---|\n| b |") and 'align="center"' in render("| a |\n|:-:|\n| b |")
-    assert 'rel="noopener noreferrer nofollow"' in render("[a](https://example.org)")
-    assert render("5 < 6 & 7") == "<p>5 &lt; 6 &amp; 7</p>\n"
-    assert render("```unknown\n<b>\n```") == '<pre><code class="language-unknown">&lt;b&gt;\n</code></pre>\n'
+    assert to_html("**a** `b`") == "<p><strong>a</strong> <code>b</code></p>\n"
+    assert 'class="hl-' in to_html("```python\ndef f(): pass\n```")
+    assert "<td" in to_html("| a |\n|---|\n| b |") and 'align="center"' in to_html("| a |\n|:-:|\n| b |")
+    assert 'rel="noopener noreferrer nofollow"' in to_html("[a](https://example.org)")
+    assert to_html("5 < 6 & 7") == "<p>5 &lt; 6 &amp; 7</p>\n"
+    assert to_html("```unknown\n<b>\n```") == '<pre><code class="language-unknown">&lt;b&gt;\n</code></pre>\n'
+
+
+def test_what_takes_too_long_is_text_and_the_others_are_rendered():
+    texts = ["*a*", "[" * 20_000, "*b*", "*c* " * 6000, "x" + ">" * 5000, ""]
+    found = render(texts)
+    assert found[:2] == ["<p><em>a</em></p>\n", None] and found[2:4] == ["<p><em>b</em></p>\n", None]
+    assert found[5] == ""
+    assert render(["*a*", "*d*"]) == ["<p><em>a</em></p>\n", "<p><em>d</em></p>\n"]
+
+
+def test_a_page_of_hostile_texts_ends_few_workers():
+    texts = [f"{i}" + "[" * 19_900 for i in range(8)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    assert render([*texts, "*late*"]) == [None] * 9
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 8, "the CPU seconds of three workers"
+    assert render(["*late*"]) == ["<p><em>late</em></p>\n"], "was not held against it"

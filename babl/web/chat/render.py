@@ -1,98 +1,63 @@
-"""What pages show: Markdown as HTML that is safe whoever wrote it, and places in texts as browsers count them."""
+"""What pages show: Markdown as HTML, and places in texts as browsers count them.
 
+No text can stop the server, or make anybody wait for long: a worker process renders, which ends where a text takes
+longer than `markdown.CPU_SECONDS`. Such a text is shown as it is.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
 
-import nh3
-from markdown_it import MarkdownIt
-from markdown_it.token import Token
-from pygments import highlight
-from pygments.formatters import HtmlFormatter
-from pygments.lexers import get_lexer_by_name
-from pygments.util import ClassNotFound
+LONGEST = 20_000  # characters of a text that is rendered
+KEPT = 256  # texts whose HTML is remembered
+DEATHS = 3  # of workers, until the other texts of a page are shown as they are
 
-TAGS = set(
-    [
-        "a",
-        "p",
-        "br",
-        "hr",
-        "em",
-        "strong",
-        "s",
-        "del",
-        "code",
-        "pre",
-        "blockquote",
-        "ul",
-        "ol",
-        "li",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "table",
-        "thead",
-        "tbody",
-        "tr",
-        "th",
-        "td",
-    ]
-)
-TAGS |= {"div", "span"}  # of highlighted code
-_CODE = HtmlFormatter(nowrap=True, classprefix="hl-")
-_ALIGNED = {"text-align:left": "left", "text-align:center": "center", "text-align:right": "right"}
+_kept: OrderedDict[str, str | None] = OrderedDict()
+_worker: subprocess.Popen[str] | None = None
+_lock = threading.Lock()  # held for one text, so that pages take turns
 
 
-def _highlighted(code: str, language: str, _: str) -> str:
-    """Returns the code as HTML, or an empty string where nobody knows the language: it is then shown as it is."""
-    try:
-        return highlight(code, get_lexer_by_name(language), _CODE) if language else ""
-    except ClassNotFound:
-        return ""
+def render(texts: Sequence[str]) -> list[str | None]:
+    """Returns the texts of a page, which are Markdown, as HTML that is safe (`markdown.to_html`).
 
-
-_MARKDOWN = MarkdownIt("js-default", {"html": False, "linkify": False, "highlight": _highlighted})
-_MARKDOWN.disable("image")  # a picture would be fetched from a stranger
-
-
-def _attribute(tag: str, name: str, value: str) -> str | None:
-    """Returns the attribute as it may stay, or None."""
-    if name == "class":
-        return " ".join(each for each in value.split() if each.startswith(("hl-", "language-"))) or None
-    return value
-
-
-@lru_cache(maxsize=2048)
-def render(markdown: str) -> str:
-    """Returns the text as HTML: no script, style, picture, frame or form, and links that lead to http, https or mailto.
-
-    What comes out of the Markdown is cleaned last, so that nothing before has to be trusted.
+    None is a text that is to be shown as it is: it is too long, or it or others before it took too long.
     """
-    tokens: Sequence[Token] = _MARKDOWN.parse(markdown)
-    for token in tokens:  # a page without inline styles aligns cells by attribute
-        style = token.attrs.pop("style", None)
-        if style in _ALIGNED:
-            token.attrs["align"] = _ALIGNED[str(style)]
-    options: Any = _MARKDOWN.options
-    return nh3.clean(
-        _MARKDOWN.renderer.render(tokens, options, {}),
-        tags=TAGS,
-        attributes={
-            "a": {"href", "title"},
-            "code": {"class"},
-            "span": {"class"},
-            "ol": {"start"},
-            "th": {"align"},
-            "td": {"align"},
-        },
-        attribute_filter=_attribute,
-        url_schemes={"http", "https", "mailto"},
-        link_rel="noopener noreferrer nofollow",
-    )
+    found: list[str | None] = []
+    deaths = 0
+    for text in texts:
+        with _lock:
+            if text not in _kept and len(text) <= LONGEST and deaths < DEATHS:
+                html, alive = _rendered(text)
+                deaths += not alive
+                _kept[text] = html
+                if len(_kept) > KEPT:
+                    _kept.popitem(last=False)
+            found.append(_kept.get(text))
+    return found
+
+
+def _rendered(text: str) -> tuple[str | None, bool]:
+    """Returns the HTML, and whether the worker has lived to tell it; the next text gets a new one otherwise."""
+    global _worker
+    if _worker is None:
+        command = [sys.executable, "-m", "babl.web.chat.markdown"]
+        _worker = subprocess.Popen(  # in a session of its own, so that Ctrl-C is not for it
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+    assert _worker.stdin and _worker.stdout
+    try:
+        print(json.dumps(text), file=_worker.stdin, flush=True)
+        answer = _worker.stdout.readline()
+    except BrokenPipeError:
+        answer = ""
+    if answer:
+        return json.loads(answer), True
+    _worker.communicate()
+    _worker = None
+    return None, False
 
 
 def span_json(text: str, start: int | None, end: int | None) -> dict[str, int] | None:

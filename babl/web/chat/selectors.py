@@ -2,8 +2,9 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from itertools import chain
 from typing import Any
 from uuid import UUID
 
@@ -161,12 +162,14 @@ def thread(user: Any, id: UUID, before: UUID | None = None, limit: int = PAGE) -
     columns = Message.objects.filter(conversation=shown, generation__comparison__in=comparisons)
     for column in columns.select_related("generation", "feedback", "parent__passage").order_by("created", "id"):
         beside[column.generation.comparison].append(column)
+    answers = [m for m in (*messages, *chain(*beside.values())) if m.role == Message.Role.ASSISTANT]
+    html = dict(zip((m.id for m in answers), render([m.content for m in answers]), strict=True))
     found = []
     for m in messages:
-        row = message_json(m)
+        row = message_json(m, html)
         group = row.get("comparison")
         row["siblings"] = _siblings(m, siblings[m.parent_id])
-        row["columns"] = [message_json(column) for column in beside[UUID(group)]] if group else []
+        row["columns"] = [message_json(column, html) for column in beside[UUID(group)]] if group else []
         found.append(row)
     return {"messages": found, "more": bool(messages and messages[0].parent_id)}
 
@@ -203,19 +206,24 @@ def passage_json(shown: Passage, text: bool = True) -> dict[str, Any]:
     return row | ({"text": shown.text} if text else {})
 
 
-def message_json(shown: Message) -> dict[str, Any]:
-    """Returns a message; an answer with its state, its place in the passage and, where a gold is known, its scores."""
+def message_json(shown: Message, html: Mapping[UUID, str | None] | None = None) -> dict[str, Any]:
+    """Returns a message; an answer with its state, its place in the passage and, where a gold is known, its scores.
+
+    Args:
+        shown: With what belongs to it.
+        html: Of answers, by id, where a page has them rendered together. None: this one is rendered by itself.
+    """
     row: dict[str, Any] = {
         "id": str(shown.id),
         "parent": str(shown.parent_id) if shown.parent_id else None,
         "role": shown.role,
         "content": shown.content,
-        "html": render(shown.content),
         "created": shown.created.isoformat(),
     }
     if shown.role == Message.Role.USER:
         passage = passage_json(shown.passage, text=False) if shown.passage else None
         return row | {"passage": passage, "golds": shown.golds}
+    row["html"] = render([shown.content])[0] if html is None else html[shown.id]
     return row | generation_json(shown.generation) | {"feedback": feedback_json(getattr(shown, "feedback", None))}
 
 

@@ -110,7 +110,7 @@ export class Transcript {
     const golds = message.golds && h("p", { class: "golds" }, message.golds.length ? `Right: ${message.golds.join(" · ")}` : "Right: no answer");
     return h("article", { class: "turn user", id: `m-${message.id}`, tabindex: "-1" },
       h("h2", { text: "You" }),
-      h("div", { class: "said", dir: "auto", text: message.content }),
+      h("div", { class: "said plain", dir: "auto", text: message.content }),
       about && h("p", { class: "about" }, about), golds,
       h("div", { class: "acts" }, this.#branches(message),
         action("edit", "Edit and ask as a new branch", () => acts.edit(message)),
@@ -158,7 +158,7 @@ export class Transcript {
     const { acts } = this;
     const live = isLive(part);
     const told = state.live[part.id] ?? {};
-    const said = h("div", { class: live ? "said live" : "said", dir: "auto", "data-said": part.id });
+    const said = h("div", { class: live ? "said live" : part.html ? "said" : "said plain", dir: "auto", "data-said": part.id });
     if (live || !part.html) said.append(document.createTextNode(part.content));
     else showRendered(said, part.html);
     const withWhat = part.kind !== "completion" && (side || part.passage)

@@ -1,0 +1,94 @@
+"""Texts made to stop a server: whoever sends them, the others are served."""
+
+import contextlib
+import json
+import re
+import threading
+import time
+import uuid
+
+import httpx
+
+BACKSLASHES = "\\" * 40
+FENCES = [
+    "scala", "terraform", "systemd", "chapel", "rego", "tads3", "python", "json", "bash",
+    "html", "css", "sql", "cpp", "rust", "yaml", "javascript", "go", "c",
+]  # fmt: skip
+PAYLOADS = [f'```{name}\nextern // "{BACKSLASHES}\n```' for name in FENCES] + [
+    "[" * 50_000,
+    "[" * 19_999,
+    "![" * 9_000,
+    "[](" * 6_000,
+    "> " * 9_000 + "a",
+    "> - " * 4_500 + "a",
+    "\n".join("  " * depth + "- a" for depth in range(130)),
+    "*a **b " * 2_500,
+    "*" * 9_000 + "a" + "*" * 9_000,
+    "|" * 6_000 + "\n" + "|-" * 6_000,
+    "|a|b|\n|-|-|\n" + "|x|y|\n" * 3_000,
+    "&amp;" * 3_900,
+    "".join("`" * (length % 190) + "a" for length in range(210)),
+    "\n".join(f"[a{i}]: b" for i in range(1_800)),
+    "<!-" * 6_500,
+    '```python\nf"' + "{" * 10_000 + "\n```",
+    '```html\n<a "' + "<" * 15_000 + "\n```",
+]
+NEXT = "tokens=3 the next question"
+
+
+@contextlib.contextmanager
+def watched(address):
+    """Yields the seconds that each /healthz took meanwhile; 10 where there was none."""
+    seconds, over = [], threading.Event()
+
+    def watch():
+        with httpx.Client(timeout=10) as http:
+            while not over.wait(0.02):
+                begun = time.monotonic()
+                with contextlib.suppress(httpx.TimeoutException):
+                    assert http.get(f"{address}/healthz").status_code == 200
+                seconds.append(time.monotonic() - begun)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seconds
+    finally:
+        over.set()
+        thread.join()
+
+
+def imported(person, answers):
+    """Returns conversations that somebody has imported, in each of which a model has written one of these."""
+    id = person.conversation()
+    person.answer(person.ask(id, "tokens=1 begin"))
+    text = person.http.get(f"/api/conversations/{id}/export").text
+    ids = []
+    for answer in answers:
+        copy = text
+        for name in set(re.findall(r"[0-9a-f]{8}-[0-9a-f-]{27}", text)):
+            copy = copy.replace(name, str(uuid.uuid4()))
+        file = json.loads(copy)
+        (conversation,) = file["conversations"]
+        next(m for m in conversation["messages"] if m["role"] == "assistant")["content"] = answer
+        person.call("POST", "/api/import", json=file)
+        ids.append(conversation["id"])
+    return ids
+
+
+def test_no_message_stops_the_others(server):
+    """`/healthz` may take a quarter of a second more than while nobody asks anything (the machine has other work)."""
+    me, other = server.person(), server.person()
+    answers = imported(me, PAYLOADS)
+    with watched(server.address) as calm:
+        time.sleep(1)
+    with watched(server.address) as seconds:
+        for id, payload in zip(answers, PAYLOADS, strict=True):
+            shown = me.thread(id)["messages"][-1]
+            assert shown["content"] == payload
+            assert me.http.get(f"/c/{id}/").status_code == 200
+        for payload in PAYLOADS:
+            question = me.ask(me.conversation(), payload)["question"]
+            assert question["content"] == payload
+        assert other.answer(other.ask(other.conversation(), NEXT))["content"].split() == ["the", "next", "question"]
+    assert len(seconds) > 20 and max(seconds) <= 0.25 + max(calm), (max(seconds), max(calm))

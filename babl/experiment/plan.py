@@ -323,7 +323,7 @@ def _make(folder: Path, name: str, design: Design, run: Tree) -> Tree:
             "context_seed": seed,
         },
         "excluded": excluded,
-        "chance_exact": _chance(sets["test"]) if design.test == FICTIONAL else None,
+        "chance_exact": chance_exact(e.answers[0].text for e in sets["test"]) if design.test == FICTIONAL else None,
         "strata": list(STRATA),
         "starts": {name: _start(runs[name], limits[name].folder) for name in runs},
         "environment": environment(),
@@ -341,10 +341,6 @@ def _declared(name: str, design: Design) -> Tree:
     settings = tree.pop("models") or {"model": {}}
     contrast = {"contrast": tree.pop("primary"), "metric": tree.pop("metric")}
     return {"name": name, **tree, "primary": contrast, "models": list(settings), "settings": settings}
-
-
-def _chance(examples: list[Example]) -> float:
-    return chance_exact(example.answers[0].text for example in examples)
 
 
 def _cell(tree: Tree, prefix: str, model: str, arm: str, seed: int, settings: Tree) -> Tree:

@@ -1,6 +1,6 @@
 """From questions to what a run trains and validates on: the arm's views, and their windows as token ids."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from babl.data.collate import Feature, longest_prompt, make_features
@@ -72,7 +72,12 @@ def prepare_data(
         if not features[name]:
             raise UserError(f"data.{name} leaves no example: {counts}")
         say(f"data.{name}: {counts}")
-    sizes = {context: len(words(context)) for context in {e.context for e in sets[0]}}
-    shown = {e.id: sizes[e.context] for e in sets[0]}
-    sources = [shown[feature.id] for feature in features["train"]]
+    sizes = dict(zip((e.id for e in sets[0]), context_words(sets[0]), strict=True))
+    sources = [sizes[feature.id] for feature in features["train"]]
     return Prepared(features["train"], sources, features["validation"], views["validation"], window)
+
+
+def context_words(examples: Sequence[Example]) -> list[int]:
+    """Returns how many words each question's context has, which is what `deal_epoch` tells long from short by."""
+    sizes = {context: len(words(context)) for context in {e.context for e in examples}}
+    return [sizes[e.context] for e in examples]

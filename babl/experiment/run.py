@@ -34,6 +34,7 @@ from safetensors import safe_open
 
 from babl.data.contexts import TestArm, View, see
 from babl.data.loader import deal_epoch
+from babl.data.prepare import context_words
 from babl.data.squad import Example
 from babl.distributed.failure import EXIT_PREEMPTED
 from babl.errors import UserError
@@ -211,8 +212,7 @@ def _facts(plan: Plan, cell: Cell, run: Tree) -> Tree:
 def order_hash(examples: list[Example], a_step: int, seed: int, steps: int) -> str:
     """Returns the sha256 of the question ids in the order trained on, which every arm of a seed must share."""
     order: list[str] = []
-    words = [len(example.context.split()) for example in examples]
-    epoch, left = 0, steps
+    words, epoch, left = context_words(examples), 0, steps
     while left > 0:
         batches = deal_epoch(words, a_step, seed, epoch)[:left]
         order += [examples[i].id for batch in batches for i in batch]
@@ -289,7 +289,7 @@ def _score(plan: Plan, cell: Cell, leave: Callable[[], bool]) -> None:
         examples = sets[name]
         views, missing = see(examples, condition, plan.tree["data"]["context_seed"])
         assert not missing, (condition, missing)
-        asking = Asking(**decoding, no_answer=any(example.impossible for example in examples))
+        asking = Asking(**decoding, no_answer=examples[0].version == "2.0")
         path = folder / "predictions" / f"{condition}.jsonl"
         key = answer_key(engine, model, views, asking)
         predictions = predict_into(path, engine, views, asking, key, progress=False)

@@ -12,7 +12,12 @@ import torch
 
 from babl.data.fictional import fictional_corpus
 from babl.data.loader import BatchConfig, Loader
-from babl.data.squad import parse_squad
+from babl.data.prepare import prepare_data
+from babl.data.sets import DataConfig
+from babl.data.squad import Answer, Example, parse_squad
+from babl.evaluation.predictions import Prediction
+from babl.experiment import run as run_module
+from babl.experiment.plan import Cell, Plan
 from babl.experiment.run import (
     EXPIRED_SECONDS,
     MARK,
@@ -26,6 +31,7 @@ from babl.experiment.run import (
 from babl.models import save_pretrained
 from babl.models.llama import Llama, LlamaConfig
 from babl.models.t5 import T5, T5Config
+from babl.text import train_tokenizer
 
 
 @pytest.fixture
@@ -78,6 +84,44 @@ def test_the_order_is_what_the_loader_deals():
     dealt = [examples[i].id for _ in range(steps) for i in loader.next_step()[0]]
     assert order_hash(examples, a_step, 3, steps) == hashlib.sha256("\n".join(dealt).encode()).hexdigest()
     assert order_hash(examples, a_step, 3, steps) != order_hash(examples, a_step, 4, steps)
+
+
+def test_the_order_is_that_of_training_where_words_are_not_between_spaces(tmp_path):
+    """Text without spaces is one word to `split`, however long it is, and nothing would be sorted by length."""
+    contexts = ["他于一八一零年出生于华沙附近的一个小村庄。" * (1 + 7 * i % 12) for i in range(32)]
+    examples = [
+        Example(f"z{i}", f"t{i}", "他在哪里出生?", text, (Answer("华沙", 10),)) for i, text in enumerate(contexts)
+    ]
+    tokenizer = train_tokenizer(contexts, 300, tmp_path)
+    prepared = prepare_data(DataConfig(), (examples, examples[:1]), (tokenizer, 512, 64, "t5"), None, lambda line: None)
+    loader = Loader([(1, 1)] * 32, prepared.words, BatchConfig(examples=4), 3, 0, 1)
+    dealt = [prepared.train[i].id for _ in range(8) for i in loader.next_step()[0]]
+    assert sorted(dealt) == sorted(e.id for e in examples)
+    assert order_hash(examples, 4, 3, 8) == hashlib.sha256("\n".join(dealt).encode()).hexdigest()
+
+
+@pytest.mark.parametrize(("version", "asks"), [("v2.0", True), ("1.1", False)])
+def test_questions_are_scored_for_no_answer_by_the_version_of_their_file(tmp_path, monkeypatch, version, asks):
+    """Also where no question in use is unanswerable: the file's rules are still those of 2.0."""
+    qas = [{"id": "q", "question": "Who?", "answers": [{"text": "Ann", "answer_start": 0}]}]
+    data = {"version": version, "data": [{"title": "T", "paragraphs": [{"context": "Ann came.", "qas": qas}]}]}
+    for folder in ("data", "cells/c/predictions"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "data" / "test.json").write_text(json.dumps(data))
+    tree = {"decoding": {}, "tests": ["gold"], "data": {"context_seed": 0}}
+    asked = []
+
+    def answers(path, engine, views, asking, key, progress):
+        asked.append(asking)
+        path.write_text("")
+        return [Prediction("q", "Ann", -0.1, 1, True, 1)]
+
+    monkeypatch.setattr(run_module, "predict_into", answers)
+    monkeypatch.setattr(run_module, "answer_key", lambda *of: "key")
+    monkeypatch.setattr(run_module.Engine, "load", lambda model: None)
+    run_module._score(Plan(tmp_path, tree), Cell("c", "m", "gold", 0), lambda: False)
+    assert [asking.no_answer for asking in asked] == [asks]
+    assert json.loads((tmp_path / "cells/c/scored.json").read_text())["gold"]["exact"] == 100
 
 
 def test_weights_that_multiply_are_counted_once(tmp_path):

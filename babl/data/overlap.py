@@ -23,6 +23,7 @@ import numpy as np
 from scipy import sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from babl.data.articles import articles
 from babl.data.corpus import NGrams, words
 from babl.data.kinds import ANSWER_KINDS, answer_kind
 from babl.data.squad import Example
@@ -110,7 +111,7 @@ class QuestionOverlap:
 
     Attributes:
         question: Its text.
-        title: Whether its article is.
+        article: Whether its article is, by title or by any of its contexts.
         context_equal: Whether its context is, after normalisation.
         containment: n -> the largest share of its context's distinct n-grams in one training context.
         question_equal: Whether the question is, after normalisation.
@@ -126,7 +127,7 @@ class QuestionOverlap:
     """
 
     question: str
-    title: bool
+    article: bool
     context_equal: bool
     containment: dict[int, float]
     question_equal: bool
@@ -171,14 +172,16 @@ def find_overlap(train: Sequence[Example], test: Sequence[Example]) -> Overlap:
         train: Many questions.
         test: Fewer.
     """
-    titles = {same_form(e.title) for e in train}
+    names = articles([*train, *test])
+    theirs, ours = names[: len(train)], names[len(train) :]
+    both = set(theirs).intersection(ours)
     train_contexts, test_contexts = (list(dict.fromkeys(e.context for e in part)) for part in (train, test))
     contexts = _contexts(train_contexts, test_contexts)
     nearest = _nearest_questions(train, test)
     answers = {gold for e in train for gold in _golds(e)}
     told = _told(train_contexts, test)
     questions = {}
-    for example in test:
+    for example, article in zip(test, ours, strict=True):
         equal, containment = contexts[example.context]
         near = nearest[_form(example.question)]
         golds = _golds(example)
@@ -186,7 +189,7 @@ def find_overlap(train: Sequence[Example], test: Sequence[Example]) -> Overlap:
         otherwise: OverlapClass = "answer" if known else "none"
         questions[example.id] = QuestionOverlap(
             question=example.question,
-            title=same_form(example.title) in titles,
+            article=article in both,
             context_equal=equal,
             containment=containment,
             question_equal=near.equal,
@@ -200,7 +203,8 @@ def find_overlap(train: Sequence[Example], test: Sequence[Example]) -> Overlap:
             strict="question" if near.passes(STRICT) else otherwise,
             loose="question" if near.passes(LOOSE) else otherwise,
         )
-    return Overlap(questions, _summary(train, test, questions))
+    sizes = {"train": _sizes(train, theirs), "test": _sizes(test, ours), "titles": sorted(both)}
+    return Overlap(questions, sizes | _summary(test, questions))
 
 
 def _form(question: str) -> str:
@@ -331,15 +335,12 @@ def _capitalised(question: str) -> set[str]:
     return {form for word in question.split()[1:] if word[0].isupper() for form in words(word)}
 
 
-def _summary(train: Sequence[Example], test: Sequence[Example], found: dict[str, QuestionOverlap]) -> dict[str, Any]:
+def _summary(test: Sequence[Example], found: dict[str, QuestionOverlap]) -> dict[str, Any]:
     of_context = {e.context: found[e.id] for e in test}
     kinds = {e.id: answer_kind(e.answers[0].text) for e in test if e.answers}
     asked, known = Counter(kinds.values()), Counter(kind for qid, kind in kinds.items() if found[qid].answer)
     paraphrased = [q for q in found.values() if q.strict == "question" and not q.question_equal]
     return {
-        "train": _sizes(train),
-        "test": _sizes(test),
-        "titles": sorted({e.title for e in test if found[e.id].title}),
         "contexts": {
             "equal": sum(q.context_equal for q in of_context.values()),
             "near": {
@@ -362,9 +363,9 @@ def _summary(train: Sequence[Example], test: Sequence[Example], found: dict[str,
     }
 
 
-def _sizes(examples: Sequence[Example]) -> dict[str, int]:
-    contexts, titles = {e.context for e in examples}, {same_form(e.title) for e in examples}
-    return {"questions": len(examples), "contexts": len(contexts), "articles": len(titles)}
+def _sizes(examples: Sequence[Example], articles: Sequence[str]) -> dict[str, int]:
+    contexts = {e.context for e in examples}
+    return {"questions": len(examples), "contexts": len(contexts), "articles": len(set(articles))}
 
 
 def _counts(classes: Iterable[OverlapClass]) -> dict[str, int]:

@@ -1,6 +1,5 @@
 """Every rule is stated a second time here, naively, and both must count the same."""
 
-import itertools
 import math
 import random
 import re
@@ -51,14 +50,12 @@ def tfidf(questions):
 def same_articles(examples):
     """A number for each question, the same where titles or contexts are, or lead to one another."""
     keys = [{"t" + e.title.casefold().replace("_", " "), "c" + e.context.casefold()} for e in examples]
-    numbers = list(range(len(examples)))
-    changed = True
-    while changed:
-        changed = False
-        for i, j in itertools.combinations(range(len(examples)), 2):
-            if numbers[i] != numbers[j] and keys[i] & keys[j]:
-                numbers[i] = numbers[j] = min(numbers[i], numbers[j])
-                changed = True
+    before, numbers = None, list(range(len(examples)))
+    while numbers != before:  # the least number spreads to whatever shares a key
+        before, least = numbers, {}
+        for number, of in sorted(zip(numbers, map(sorted, keys), strict=True), reverse=True):
+            least |= dict.fromkeys(of, number)
+        numbers = [min(least[key] for key in of) for of in keys]
     return numbers
 
 

@@ -1,5 +1,6 @@
 """Where a model is loaded, what it takes of the memory there, and whether that much is free."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
@@ -33,8 +34,46 @@ def placement(device: str, dtype: str) -> tuple[str, torch.dtype]:
 
 
 def free_memory(device: str) -> int:
-    """Returns the bytes that are free on "cuda", or in this machine's memory for any other device."""
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    """Returns the bytes that are free on "cuda", or, for any other device, in the memory this process may have."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return min(psutil.virtual_memory().available, *left_of_limits(Path("/")))
+
+
+def left_of_limits(root: Path) -> list[int]:
+    """Returns the bytes left of each limit that a container, or a job of a cluster, sets on this process.
+
+    What files have cached counts as left: Linux gives it back.
+
+    Args:
+        root: Of the file system that has `proc` and `sys`; where they are not Linux's, there are no limits.
+
+    Ref: Linux's admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
+    """
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    left = []
+    for controllers, path in (line.split(":", 2)[1:] for line in groups):
+        if controllers == "":
+            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "")
+        elif controllers == "memory":
+            top = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        else:
+            continue
+        inside = Path(path.lstrip("/"))
+        for group in {top / inside, *(top / each for each in inside.parents)}:
+            try:
+                most, used, stat = ((group / name).read_text() for name in (*names[:2], "memory.stat"))
+            except OSError:  # the root has no limit, and what is above a container is not seen in it
+                continue
+            if most.strip() != "max":
+                cached = dict(line.split() for line in stat.splitlines())
+                files = sum(int(cached.get(f"{names[2]}{kind}_file", 0)) for kind in ("inactive", "active"))
+                left.append(int(most) - int(used) + files)
+    return left
 
 
 class Need(NamedTuple):

@@ -4,14 +4,25 @@ The hub's description of the repository, the config and the index are read first
 before any weights are fetched.
 """
 
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
 from babl.errors import UserError
-from babl.models.weights import INDEX, PICKLE, PICKLE_INDEX, SINGLE, build_config, read_config, shard_names
+from babl.models.weights import (
+    FAMILIES,
+    HEAD,
+    INDEX,
+    PICKLE,
+    PICKLE_INDEX,
+    SINGLE,
+    build_config,
+    read_config,
+    shard_names,
+)
 from babl.text.tokenizer import SIDE_FILES, TOKENIZER_FILES
 
 COMPANIONS = tuple(dict.fromkeys(("config.json", *TOKENIZER_FILES, *SIDE_FILES)))  # of the weights
@@ -56,7 +67,8 @@ class Repository:
             raise UserError(f"{self._named} has no config.json: {what}")
         self.fetch("config.json")
         try:
-            build_config(read_config(self._aside), tied=True)
+            self._config = read_config(self._aside)
+            build_config(self._config, tied=True)
         except UserError as error:
             reason = str(error).removeprefix(f"{self._aside}/").removeprefix("config.json: ")
             raise UserError(f"{self._named}: config.json: {reason}") from None
@@ -69,7 +81,7 @@ class Repository:
             index: The name of the file that names the shards.
 
         Raises:
-            UserError: The index is none, or a shard that it names is not there.
+            UserError: The index is none, is of another model than the config, or names a shard that is not there.
         """
         if single in self.sizes:
             return [single]
@@ -80,7 +92,21 @@ class Repository:
         absent = [name for name in shards if name not in self.sizes]
         if absent:
             raise UserError(f"{self._named}: {absent[0]}, which {index} names, is not there")
+        self._check_names(index, json.loads(text)["weight_map"].keys())
         return [index, *shards]
+
+    def _check_names(self, index: str, names: Set[str]) -> None:
+        """The index names each tensor of the config's model, and no others."""
+        family = FAMILIES[self._config["model_type"]]
+        if not any(name.startswith(family.prefix) for name in names):  # of the bare model
+            names = {name if name == HEAD else family.prefix + name for name in names}
+        expected = set(family.hf_keys(build_config(self._config, tied=HEAD not in names)).values())
+        missing = sorted(expected - names - set(family.embedding))  # any of its names will do
+        other = sorted(names - expected - {HEAD, *family.embedding})
+        other = [name for name in other if not family.ignored.fullmatch(name)]
+        if missing or other:
+            wrong = f"names no {missing[0]}" if missing else f"names {other[0]}"
+            raise UserError(f"{self._named}: {index} {wrong}, and so is not that of the model in config.json")
 
 
 def pull(

@@ -6,7 +6,7 @@ import transformers
 
 from babl.errors import UserError
 from babl.generation import Engine
-from babl.generation.memory import SPARE, Need, need, placement
+from babl.generation.memory import SPARE, Need, left_of_limits, need, placement
 from babl.generation.packed import PackedLinear
 from babl.models import save_pretrained
 from babl.models.build import ModelConfig, build_model
@@ -101,6 +101,29 @@ def test_a_gpu_is_asked_what_is_free_and_whether_it_has_bfloat16(folder, monkeyp
     assert (needed.weights, needed.free) == (size * known["parameters"], 5 << 30)
     state = model_state("m", folder, "auto", "auto")
     assert (state.memory, state.free) == (needed.weights, needed.free)
+
+
+def group(root, path, **files):
+    (root / path).mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (root / path / name.replace("memory_", "memory.")).write_text(text)
+
+
+def test_the_limits_of_a_job_count_and_what_files_cache_is_left(tmp_path):
+    stat = "anon 100\nfile 70\ninactive_file 30\nactive_file 20\ntotal_inactive_file 5\ntotal_active_file 6\n"
+    for name in ("two", "one"):
+        (tmp_path / name / "proc/self").mkdir(parents=True)
+    two, one = tmp_path / "two", tmp_path / "one"
+    (two / "proc/self/cgroup").write_text("0::/slurm/job_7/step_0\n")
+    group(two, "sys/fs/cgroup/slurm", memory_max="max\n", memory_current="9000\n", memory_stat=stat)
+    group(two, "sys/fs/cgroup/slurm/job_7", memory_max="1000\n", memory_current="600\n", memory_stat=stat)
+    group(two, "sys/fs/cgroup/slurm/job_7/step_0", memory_max="800\n", memory_current="500\n", memory_stat=stat)
+    assert sorted(left_of_limits(two)) == [350, 450]
+    (one / "proc/self/cgroup").write_text("5:cpu,cpuacct:/x\n4:memory:/not/seen/inside\n0::/\n")
+    limits = {"memory_limit_in_bytes": "1000\n", "memory_usage_in_bytes": "600\n", "memory_stat": stat}
+    group(one, "sys/fs/cgroup/memory", **limits)
+    assert left_of_limits(one) == [411]
+    assert left_of_limits(tmp_path) == []
 
 
 def test_a_device_that_is_not_here_is_refused():

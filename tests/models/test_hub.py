@@ -179,7 +179,9 @@ def layouts(tmp_path_factory):
         return files | {"config.json": json.dumps(config | changes).encode()}
 
     heavy = plain | {"model.safetensors": big}
-    index = json.dumps({"weight_map": {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}}).encode()
+    names = sorted(json.loads(text)["weight_map"])
+    two = {name: f"pytorch_model-{1 + (name > 'model.layers.1')}.bin" for name in names}
+    index = json.dumps({"weight_map": two}).encode()
     halves = {"pytorch_model-1.bin": big, "pytorch_model-2.bin": big, "pytorch_model.bin.index.json": index}
     lacking = {name: content for name, content in shards.items() if not name.startswith("model-00002")}
     return {
@@ -200,6 +202,13 @@ def layouts(tmp_path_factory):
         "me/lacking": lacking,
         "me/outside": renamed('"model-', '"../model-'),
         "me/no-index": plain | {"model.safetensors.index.json": b"[]"},
+        "me/bare-model": renamed('"model.', '"'),  # the names of transformers' LlamaModel
+        "me/lacking-tensor": renamed('"model.norm.weight"', '"model.layers.1.self_attn.q_proj.weight"'),
+        "me/packed": renamed(".0.mlp.up_proj.weight", ".0.mlp.up_proj.qweight"),
+        "me/more": renamed(
+            '"model.norm.weight"', '"model.layers.0.mlp.up_proj.bias": "x.safetensors", "model.norm.weight"'
+        )
+        | {"x.safetensors": big},
         "me/bare": plain,
         "me/adapter": {"adapter_config.json": b"{}", "adapter_model.safetensors": big},
         "me/gguf": {"model-q4.gguf": big},
@@ -308,6 +317,11 @@ def test_weights_are_those_that_the_index_names_or_the_single_file(hub, pull, la
     assert torch.equal(state["embed.weight"], published["model.embed_tokens.weight"])
 
 
+def test_an_index_of_the_bare_model_is_that_of_the_model(pull, layouts, tmp_path):
+    assert b'"embed_tokens.weight"' in layouts["me/bare-model"]["model.safetensors.index.json"]
+    assert pull("me/bare-model", "--to", "m").returncode == 0
+
+
 def test_the_newest_pull_request_with_safetensors_is_taken_and_named(hub, pull, layouts, tmp_path):
     result = pull("me/requested", "--to", "m")
     assert result.returncode == 0, result.stderr
@@ -344,6 +358,9 @@ REFUSED = {
     "lacking": "me/lacking: model-00002-of-00003.safetensors, which model.safetensors.index.json names, is not there",
     "outside": "names '../model-00001-of-00003.safetensors', expected a .safetensors file beside it",
     "no-index": "me/no-index: model.safetensors.index.json: not an index of shards",
+    "lacking-tensor": "index.json names no model.norm.weight, and so is not that of the model in config.json",
+    "packed": "me/packed: model.safetensors.index.json names no model.layers.0.mlp.up_proj.weight",
+    "more": "me/more: model.safetensors.index.json names model.layers.0.mlp.up_proj.bias, and so is not that of",
     "bare": "me/bare has no weights on main (expected model.safetensors or model.safetensors.index.json)",
     "adapter": "me/adapter has no config.json: an adapter, which needs the model it was made for",
     "gguf": "me/gguf has no config.json: no model of transformers",

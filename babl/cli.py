@@ -287,6 +287,10 @@ def _reading(args: argparse.Namespace) -> Any:
     return Reading(**{field.name: given[field.name] for field in fields(Reading) if field.name in given})
 
 
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def _sampling(args: argparse.Namespace, **more: Any) -> Any:
     """Returns the GenerationConfig that the options of `_add_sampling` ask for."""
     from babl.generation import GenerationConfig
@@ -355,7 +359,7 @@ def score(args: argparse.Namespace) -> None:
     from babl.evaluation.squad import read_by_id
     from babl.evaluation.squad import score as official
 
-    dataset = to_squad(load_golds(args.data, _reading(args)))
+    dataset = to_squad(load_golds(args.data, _reading(args), _tell))
     na_prob = read_by_id(args.na_prob) if args.na_prob else None
     predictions = read_by_id(args.predictions)
     metrics = official(dataset, predictions, na_prob, args.na_threshold, missing=args.missing)
@@ -373,9 +377,9 @@ def compare(args: argparse.Namespace) -> None:
     from babl.evaluation.compare import compare as paired
     from babl.evaluation.squad import read_by_id
 
-    data = load_golds(args.data, _reading(args))
+    data = load_golds(args.data, _reading(args), _tell)
     a = Side(args.a, data, read_by_id(args.a))
-    b = Side(args.b, load_golds(args.data_b, _reading(args)) if args.data_b else data, read_by_id(args.b))
+    b = Side(args.b, load_golds(args.data_b, _reading(args), _tell) if args.data_b else data, read_by_id(args.b))
     found = paired(a, b, args.common)
     print(json.dumps(found, indent=2, ensure_ascii=False) if args.json else describe(found))
 

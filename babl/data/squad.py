@@ -132,16 +132,26 @@ def parse_squad(tree: Any, source: str | Path) -> list[Example]:
     return _examples(source, records, Reading(), lambda line: None)
 
 
-def load_golds(path: str | Path, reading: Reading | None = None) -> list[Example]:
+def load_golds(
+    path: str | Path, reading: Reading | None = None, tell: Callable[[str], object] = lambda line: None
+) -> list[Example]:
     """Returns what scoring needs of a file of `load_squad`: ids, titles and gold texts, which are not looked for.
 
     A contradiction between `is_impossible` and the answers is none here: the official scripts read the answers alone.
 
+    Args:
+        path: Of the file, folder or pattern.
+        reading: How.
+        tell: Takes the line that says what was left out, where anything was.
+
     Raises:
         UserError: As `load_squad`; never for an answer's place, or a missing question or context.
     """
-    reading = reading or Reading()
-    return _collected(path, read_records(path), reading, lambda where, row: _parsed(where, row, reading), Counter())
+    reading, counts = reading or Reading(), Counter[str]()
+    golds = _collected(path, read_records(path), reading, lambda where, row: _parsed(where, row, reading), counts)
+    if counts["left out"]:
+        tell(f"{path}: {len(golds)} questions; {counts['left out']} records left out that cannot be read")
+    return golds
 
 
 class _Fault(Exception):
@@ -249,10 +259,9 @@ def _golds(where: str, row: Mapping[str, Any]) -> Iterator[tuple[str, int | None
             raise _Fault(f"{where}.answers: {len(texts)} texts but {len(starts)} offsets")
         found = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
     if not isinstance(found, list):
-        null = found is None and "answers" in row
-        raise _Fault(
-            _found(f"{where}.answers", found, "a list") + (' (null; no answer is "answers": [])' if null else "")
-        )
+        if found is None and "answers" in row:
+            raise _Fault(f'{where}.answers is null; no answer is "answers": []')
+        raise _Fault(_found(f"{where}.answers", found, "a list"))
     detected = _detected(row)
     for i, entry in enumerate(found):
         at = f"{where}.answers[{i}]"

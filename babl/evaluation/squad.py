@@ -138,6 +138,8 @@ def score(
         UserError: As `question_scores`; or `na_prob` lacks a question, or comes with version 1.1, which has no such.
     """
     version = version or dataset_version(dataset)
+    if math.isnan(na_threshold):
+        raise UserError("the threshold of no answer (--na-threshold) is nan, expected a number")
     if na_prob is not None and version == "1.1":
         raise UserError(
             "no-answer probabilities (--na-prob) are for SQuAD 2.0, but the data is of version 1.1; leave them out, or "

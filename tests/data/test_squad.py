@@ -113,7 +113,7 @@ def test_strict_names_the_first_five_places_and_counts_each_kind(tmp_path):
         (squad(question=None), r"qas\[0\]\.question is missing"),
         (squad(id=True), r"qas\[0\]\.id: expected a string or an integer, found bool"),
         (squad(answers="née"), r"answers: expected a list, found str"),
-        (squad(answers=None), r'answers is missing \(null; no answer is "answers": \[\]\)'),
+        (squad(answers=None), r'answers is null; no answer is "answers": \[\]'),
         (squad(answers=[None]), r"answers\[0\] is missing"),
         (squad(answers=[{"text": "Bo", "answer_start": "6"}]), r"answer_start: expected an integer, found str"),
         (squad(answers={"text": ["a", "b"], "answer_start": [1]}), r"answers: 2 texts but 1 offsets"),
@@ -227,6 +227,10 @@ def test_scoring_reads_ids_and_gold_texts_alone(tmp_path):
     assert [(e.id, [a.text for a in e.answers]) for e in examples] == [("7", ["Peru"]), ("c", [])]
     with pytest.raises(UserError, match="2 texts but 0 offsets"):
         load_golds(write(tmp_path, json.dumps(rows[1])))
+    told: list[str] = []
+    path = write(tmp_path, "\n".join(map(json.dumps, rows)))
+    assert [e.id for e in load_golds(path, Reading(faulty="leave-out"), told.append)] == ["7", "c"]
+    assert told == [f"{path}: 2 questions; 1 records left out that cannot be read"]
 
 
 def test_articles_without_a_name_are_told_apart_by_context_as_all_are_on_request(tmp_path):
@@ -255,7 +259,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match="no such data file"):
         load_squad(tmp_path / "absent.json")
     (tmp_path / "latin.json").write_bytes(b'{"data": "\xe9"}')
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is no utf-8 text at byte 10; save it as UTF-8"):
         load_squad(tmp_path / "latin.json")
 
 

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -146,6 +147,11 @@ def test_missing_predictions_are_an_error_unless_scored_zero_aloud():
 def test_wrong_input_is_named(data, predictions, na_prob, message):
     with pytest.raises(UserError, match=message):
         score(data, predictions, na_prob)
+
+
+def test_a_threshold_that_is_no_number_is_refused():
+    with pytest.raises(UserError, match=r"\(--na-threshold\) is nan, expected a number"):
+        score(squad([("a", ["x"])]), {"a": "x"}, {"a": 0.5}, math.nan)
 
 
 def test_ids_may_be_integers_and_contexts_absent():

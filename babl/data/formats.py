@@ -33,7 +33,7 @@ class Records:
 
     Attributes:
         rows: Where each question stands, in words, and its fields.
-        version: As the file calls it; empty where it does not say.
+        version: As the file calls it; empty where it does not say; of several files, 2.0 where one of them is.
         faults: A line for each place that cannot be read.
     """
 
@@ -130,7 +130,9 @@ def _read(file: Path, prefix: str, found: Records) -> None:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{file}: no such data file") from None
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: is no {error.encoding} text at byte {error.start}; save it as UTF-8") from None
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file}: cannot be read ({error})") from None
     if not text.strip():
         raise UserError(f"{file}: the file is empty")
@@ -144,8 +146,8 @@ def _read(file: Path, prefix: str, found: Records) -> None:
         raise UserError(f"{file}: malformed JSON at line {error.lineno} column {error.colno}: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: malformed JSON ({error})") from None
-    if isinstance(tree, dict):
-        found.version = found.version or str(tree.get("version", ""))
+    if isinstance(tree, dict) and "2.0" not in found.version:
+        found.version = str(tree.get("version", "")) or found.version
     found.add(prefix.strip(), tree, {})
 
 
@@ -164,6 +166,7 @@ def _is_lines(text: str) -> bool:
 
 def _lines(text: str, prefix: str, found: Records) -> None:
     for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removeprefix("\ufeff")  # of a file that was put behind another
         if not line.strip():
             continue
         try:
@@ -174,11 +177,20 @@ def _lines(text: str, prefix: str, found: Records) -> None:
             found.faults.append(f"{prefix}malformed JSON at line {number} ({error})")
 
 
-def _table(file: Path, prefix: str, found: Records, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+def _table(file: Path, prefix: str, found: Records, columns: Sequence[str], rows: Iterable[dict[Any, Any]]) -> None:
     if not {"answers", "answer"} & set(columns):
         shown = ", ".join(map(repr, columns[:8]))
         raise UserError(f"{file}: its columns are {shown}, expected id, title, context, question and answers")
+    for name in COLUMNS:
+        if columns.count(name) > 1:
+            raise UserError(f"{file}: has {columns.count(name)} columns called {name}; keep the one that is meant")
     for number, row in enumerate(rows, start=1):
+        if None in row:
+            cells = len(row) - 1 + len(row[None])
+            found.faults.append(
+                f"{prefix}row {number} has {cells} cells for {len(columns)} columns: text with commas stands in quotes"
+            )
+            continue
         found.add(f"{prefix}row {number}", row, {})
 
 
@@ -200,28 +212,31 @@ def _parquet(file: Path, data: bytes) -> tuple[list[str], Iterator[dict[str, Any
     return names, (row for batch in batches for row in batch.to_pylist())
 
 
-def _csv(file: Path, text: str) -> tuple[list[str], Iterator[dict[str, Any]]]:
-    """Returns the names of the columns and the rows, "answers" parsed where it can be."""
+def _csv(file: Path, text: str) -> tuple[list[str], Iterator[dict[Any, Any]]]:
+    """Returns the names of the columns and the rows, cells beyond the columns under None."""
     csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if _suffix(file) == ".tsv" else ",")
     try:
         columns, rows = list(reader.fieldnames or ()), list(reader)
     except csv.Error as error:
         raise UserError(f"{file}: cannot be read as CSV, line {reader.line_num}: {error}") from None
-    return columns, ({key: _cell(key, row[key]) for key in COLUMNS if row.get(key) is not None} for row in rows)
-
-
-def _cell(column: str, text: str) -> Any:
-    """Returns what a cell of CSV holds; text that should be more and cannot be read stays text."""
-    if column == "answers":
-        return _literal(text)
-    if column == "answer_start":
-        return int(text) if text.lstrip("-").isdecimal() else text or None
-    return text
+    return columns, (
+        {
+            key: _literal(row[key]) if key in ("answers", "answer_start") else row[key]
+            for key in (*COLUMNS, None)
+            if row.get(key) is not None
+        }
+        for row in rows
+    )
 
 
 def _literal(text: str) -> Any:
-    """Returns the value of JSON, or of Python as pandas writes it, in which lists may be calls of `array`."""
+    """Returns the value of JSON, or of Python as pandas writes it, in which lists may be calls of `array`.
+
+    None where there is no text; what cannot be read stays text.
+    """
+    if not text.strip():
+        return None
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

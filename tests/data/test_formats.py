@@ -173,9 +173,42 @@ def test_a_folder_or_a_pattern_is_read_as_one_file(tmp_path):
         load_squad(tmp_path / "*.csv")
 
 
+def test_offsets_of_a_table_with_gaps_are_whole_numbers(tmp_path):
+    """As pandas writes a column of integers that some rows lack."""
+    (tmp_path / "a.csv").write_text('context,question,answer,answer_start\n"a\nb a",q,a,4.0\na b,q,b,\n')
+    assert [e.span for e in load_squad(tmp_path / "a.csv")] == [(4, 5), (2, 3)]
+
+
+def test_files_with_a_bom_may_stand_behind_one_another(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join("\ufeff" + lines(spread([row])) for row in ROWS[:2]), encoding="utf-8")
+    assert [e.id for e in load_squad(tmp_path / "a.jsonl")] == ["1", "2"]
+
+
+@pytest.mark.parametrize("versions", [("1.1", "v2.0"), ("v2.0", "1.1"), ("v2.0", "")])
+def test_a_folder_with_a_file_of_2_0_is_scored_by_its_rules(tmp_path, versions):
+    for i, version in enumerate(versions):
+        qas = [{"id": str(i), "question": "q", "answers": [{"text": "a", "answer_start": 0}]}]
+        tree = {"version": version, "data": [{"title": "T", "paragraphs": [{"context": "a", "qas": qas}]}]}
+        (tmp_path / f"{i}.json").write_text(json.dumps(tree))
+    assert {e.version for e in load_squad(tmp_path)} == {"2.0"}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        (
+            "a.csv",
+            b"context,question,answer\nIn Paris, with Bo,Where?,Paris\n",
+            r"a\.csv: row 1 has 4 cells for 3 columns: text with commas stands in quotes",
+        ),
+        ("a.csv", b"context,context,question,answer\na,b,q,a\n", r"a\.csv: has 2 columns called context"),
+        ("a.csv", "context,question,answer\nCafé,q,Café\n".encode("latin-1"), r"no utf-8 text at byte 27; save it as"),
+        (
+            "a.csv",
+            b"context,question,answer,answer_start\na,q,a,--1\n",
+            r"answer_start: expected an integer, found str",
+        ),
+        ("a.csv", b"question,answers\nq,\n", r'row 1\.answers is null; no answer is "answers": \[\]'),
         (
             "a.csv",
             b"a,b\n1,2\n",

@@ -14,6 +14,10 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
+class TooLong(Exception):
+    """A request has more bytes than its address takes."""
+
+
 class Application:
     """Answers each connection.
 
@@ -38,10 +42,14 @@ class Application:
         if scope["path"].startswith(settings.STATIC_URL):
             inner = {**scope, "root_path": scope.get("root_path", "") + settings.STATIC_URL.rstrip("/")}
             return await self._static(inner, receive, _with_headers(send))
+        most = settings.LOGIN_BYTES if scope["path"] == settings.LOGIN_URL else settings.UPLOAD_BYTES
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if int(length if length.isdigit() else 0) > settings.UPLOAD_BYTES:
-            return await _respond(send, 413, b"the request is too long\n")
-        return await self._django(scope, _at_most(receive, settings.UPLOAD_BYTES), send)
+        try:
+            if int(length if length.isdigit() else 0) > most:
+                raise TooLong
+            await self._django(scope, _at_most(receive, most), send)
+        except TooLong:  # Django reads the whole body before it answers anything
+            await _respond(send, 413, b"the request is too long\n")
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -64,14 +72,16 @@ async def _respond(send: Send, status: int, body: bytes) -> None:
 
 
 def _at_most(receive: Receive, most: int) -> Receive:
-    """Returns a receiver that hangs up on a body that does not say how long it is, and is too long."""
+    """Returns a receiver that raises `TooLong` at more than `most` bytes, whatever length the request says."""
     got = 0
 
     async def counting() -> MutableMapping[str, Any]:
         nonlocal got
         message = await receive()
         got += len(message.get("body", b""))
-        return {"type": "http.disconnect"} if got > most else message
+        if got > most:
+            raise TooLong
+        return message
 
     return counting
 

@@ -109,10 +109,11 @@ AUTH_PASSWORD_VALIDATORS = [{"NAME": "django.contrib.auth.password_validation.Mi
 PROMPT_CHARACTERS = 100_000  # of one message
 PASSAGE_CHARACTERS = 1_000_000
 UPLOAD_BYTES = 64 * 2**20  # of an import or a question set
+LOGIN_BYTES = 16 * 2**10  # of a name and a password
 DATA_UPLOAD_MAX_MEMORY_SIZE = UPLOAD_BYTES
-FILE_UPLOAD_MAX_MEMORY_SIZE = UPLOAD_BYTES
+FILE_UPLOAD_MAX_MEMORY_SIZE = 2**20  # of a body that is still arriving; what is longer waits on the disk
 QUESTIONS_PER_MINUTE = int(os.environ.get("BABL_QUESTIONS_PER_MINUTE", "60"))  # of one user
-LOGINS_PER_MINUTE = 10  # of one name, and of one address
+LOGINS_PER_MINUTE = 10  # of one address
 
 LOGGING = {  # requests are never logged with their bodies, and errors without their local variables
     "version": 1,

@@ -2,13 +2,16 @@
 
 import secrets
 import time
-from collections.abc import Hashable
+from collections import OrderedDict
+from hashlib import sha256
 from typing import Any
 
 from django.conf import settings
 
 from babl.web.chat.models import ApiKey
 from babl.web.chat.services import key_hash
+
+KEPT = 10_000  # buckets of a limiter
 
 
 class Link:
@@ -42,26 +45,38 @@ def key_owner(header: str) -> Any | None:
 
 
 class Limiter:
-    """A bucket of tokens for each key, which fills evenly."""
+    """A bucket of tokens for each key, which fills evenly; those used last are kept, `KEPT` of them.
+
+    Args:
+        per_minute: Tokens that a bucket holds, and gets in a minute.
+    """
 
     def __init__(self, per_minute: int):
         self._per_second, self._most = per_minute / 60, float(per_minute)
-        self._buckets: dict[Hashable, tuple[float, float]] = {}  # key -> tokens at a time
+        self._buckets: OrderedDict[bytes, tuple[float, float]] = OrderedDict()  # hash of a key -> tokens at a time
 
-    def wait(self, key: Hashable) -> float:
+    def wait(self, key: str) -> float:
         """Returns 0 and takes a token, or returns the seconds until there is one."""
-        now = time.monotonic()
-        if len(self._buckets) > 10_000:
-            self._buckets = {k: b for k, b in self._buckets.items() if self._filled(b, now) < self._most}
-        tokens = self._filled(self._buckets.get(key, (self._most, now)), now)
+        now, hashed = time.monotonic(), sha256(key.encode(errors="surrogatepass")).digest()
+        before, since = self._buckets.get(hashed, (self._most, now))
+        tokens = min(self._most, before + (now - since) * self._per_second)
         if tokens < 1:
             return (1 - tokens) / self._per_second
-        self._buckets[key] = (tokens - 1, now)
+        self._buckets[hashed] = (tokens - 1, now)
+        self._buckets.move_to_end(hashed)
+        if len(self._buckets) > KEPT:
+            self._buckets.popitem(last=False)
         return 0.0
-
-    def _filled(self, bucket: tuple[float, float], now: float) -> float:
-        return min(self._most, bucket[0] + (now - bucket[1]) * self._per_second)
 
 
 questions = Limiter(settings.QUESTIONS_PER_MINUTE)
-logins = Limiter(settings.LOGINS_PER_MINUTE)
+addresses = Limiter(settings.LOGINS_PER_MINUTE)
+names = Limiter(10 * settings.LOGINS_PER_MINUTE)  # one address, which gets fewer, cannot lock out a name
+
+
+def wait_to_log_in(name: str, address: str) -> float:
+    """Returns 0 and counts an attempt, or returns the seconds until the address may try this name.
+
+    The address comes first: whom it refuses takes nothing from the name.
+    """
+    return addresses.wait(address) or names.wait(name)

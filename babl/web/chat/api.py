@@ -150,7 +150,7 @@ async def _owner(request: HttpRequest) -> Any:
     user = await sync_to_async(access.key_owner)(request.headers.get("Authorization", ""))
     if user is None:
         raise Refusal(401, "invalid_api_key", "the Authorization header has no key that is in force")
-    if request.method == "POST" and (wait := access.questions.wait(user.pk)):
+    if request.method == "POST" and (wait := access.questions.wait(str(user.pk))):
         raise Refusal(429, "rate_limit_exceeded", "too many questions in a minute", wait)
     await sync_to_async(connections.close_all)()  # an answer takes longer than a connection should be kept
     return user

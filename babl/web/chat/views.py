@@ -181,9 +181,8 @@ async def login_page(request: HttpRequest) -> HttpResponse:
         return HttpResponseRedirect(goal)
     if request.method != "POST":
         return await read(unknown, request, "", 200)
-    name, address = request.POST.get("username", ""), request.META.get("REMOTE_ADDR", "")
-    wait = max(access.logins.wait(("name", name)), access.logins.wait(("address", address)))
-    if wait:
+    name = request.POST.get("username", "")
+    if wait := access.wait_to_log_in(name, request.META.get("REMOTE_ADDR", "")):
         response = await read(unknown, request, "too many attempts; wait a minute", 429)
         response.headers["Retry-After"] = str(max(1, round(wait)))
         return response
@@ -329,7 +328,7 @@ async def ask_again(request: HttpRequest, id: UUID) -> tuple[int, dict[str, Any]
 def _not_too_fast(request: HttpRequest) -> None:
     if not hub.is_open:
         raise Refusal(503, "engine", "the server is about to end", 5)
-    if wait := access.questions.wait(request.user.pk):
+    if wait := access.questions.wait(str(request.user.pk)):
         raise Refusal(429, "rate", "too many questions in a minute; the question was not sent", wait)
 
 

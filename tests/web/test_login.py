@@ -1,0 +1,55 @@
+"""Logging in with name and password: who is refused, what that costs the server, and where it leads."""
+
+import contextlib
+import re
+
+import httpx
+import psutil
+import pytest
+
+PROXY = {"BABL_TRUSTED_PROXIES": "127.0.0.1"}  # so that a test can come from many addresses
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory, serving):
+    """A server of its own: its limits are not those of other tests."""
+    environment = {"BABL_AUTH": "login", "SECRET_KEY": "y" * 50, "ALLOWED_HOSTS": "127.0.0.1"}
+    with serving(tmp_path_factory.mktemp("logins"), environment | PROXY) as this:
+        this.add_user("ada")
+        yield this
+
+
+def stranger(house, address):
+    """Returns a client at an address, and the form that it was given."""
+    http = httpx.Client(base_url=house.address, headers={"X-Forwarded-For": address}, timeout=60)
+    page = http.get("/login/").text
+    return http, {"csrfmiddlewaretoken": re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', page)[1]}
+
+
+def attempt(house, address, name, password):
+    http, form = stranger(house, address)
+    return http.post("/login/", data=form | {"username": name, "password": password}).status_code
+
+
+@pytest.mark.parametrize("first", [[f"somebody-{i}" for i in range(10)], []], ids=["at others first", "at her alone"])
+def test_nobody_who_is_refused_locks_another_out(house, first):
+    address = f"6.6.6.{len(first)}"
+    http, form = stranger(house, address)
+    names = [*first, *["ada"] * 24]
+    codes = [http.post("/login/", data=form | {"username": name, "password": "x"}).status_code for name in names]
+    assert codes[:10] == [401] * 10 and codes[12:] == [429] * (len(names) - 12)
+    assert attempt(house, f"7.7.7.{len(first)}", "ada", "password-of-ada") == 302
+
+
+def test_long_names_stay_nowhere(house):
+    http, form = stranger(house, "8.8.8.8")
+    process = psutil.Process(house.process.pid)
+    before = process.memory_info().rss
+    for i in range(12):  # said to be so long, and not
+        body = b"username=" + str(i).encode() + b"x" * (10 * 2**20)
+        kind = {"Content-Type": "application/x-www-form-urlencoded"}
+        assert http.post("/login/", content=body, headers=kind).status_code == 413
+        with contextlib.suppress(httpx.WriteError):  # it is answered, and hung up on, before it has arrived
+            assert http.post("/login/", content=iter([body]), headers=kind).status_code == 413
+    assert process.memory_info().rss - before < 30 * 2**20
+    assert http.post("/login/", data=form | {"username": "x" * 10_000, "password": "x"}).status_code == 401

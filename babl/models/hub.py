@@ -205,7 +205,14 @@ def _choose(
 
 def _pull_request(api: Any, repo_id: str) -> str | None:
     """Returns the newest pull request with weights in safetensors, as `refs/pr/N`."""
-    requests = api.list_repo_refs(repo_id, include_pull_requests=True).pull_requests or []
+    from huggingface_hub import errors
+
+    try:
+        requests = api.list_repo_refs(repo_id, include_pull_requests=True).pull_requests or []
+    except errors.HfHubHTTPError as error:
+        if error.response.status_code != 404:
+            raise
+        return None  # a mirror that does not know of pull requests
     newest = sorted((found.ref for found in requests), key=lambda ref: int(Path(ref).name), reverse=True)
     for ref in newest[:PULL_REQUESTS]:
         if api.get_paths_info(repo_id, [SINGLE, INDEX], revision=ref):

@@ -34,6 +34,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.repos = repos
         self.gated = set()  # repositories that are described, but give no file
         self.announced = {}  # file -> another size than it has
+        self.mirror = False  # whether it is a mirror, without pull requests
         self.cut = set()  # files whose first transfer breaks off in the middle
         self.requests = []  # (method, path, range)
         self.sent = 0  # bytes, headers included
@@ -119,6 +120,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.answer(206, content[start:], **headers)
 
     def describe(self, repo, kind, revision, form):
+        if kind == "refs" and self.server.mirror:
+            return self.answer(404, b"not found")
         if kind == "refs":
             every = [
                 {"name": name, "ref": f"refs/heads/{name}" if name == "main" else name, "targetCommit": "x"}
@@ -332,6 +335,12 @@ def test_the_newest_pull_request_with_safetensors_is_taken_and_named(hub, pull, 
     files = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
     assert files == layouts["me/requested@refs/pr/10"]
     assert not any(name.endswith(".bin") for name in hub.fetched)
+
+
+def test_a_mirror_without_pull_requests_has_pickles_alone(hub, pull):
+    hub.mirror = True
+    result = pull("me/requested", "--to", "m")
+    assert result.returncode == 2 and "me/requested has no safetensors, only pytorch_model.bin" in result.stderr
 
 
 def test_pickles_are_fetched_on_request_alone(hub, pull, layouts, tmp_path):

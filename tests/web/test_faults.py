@@ -101,6 +101,28 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
+def test_a_file_that_the_disk_has_no_room_for_leaves_nothing(small_disk, serving):
+    with serving(small_disk, {}) as server:
+        me = server.person()
+        me.conversation(title="there before")
+        now, how = "2026-01-01T00:00:00+00:00", {"kind": "chat", "model": "scripted", "status": "done"}
+        conversations = []
+        for _ in range(120):
+            asked, answer = str(uuid.uuid4()), str(uuid.uuid4())
+            question = {"id": asked, "role": "user", "content": "who? " * 10_000, "created": now}
+            said = {"id": answer, "role": "assistant", "content": "me " * 20_000, "created": now}
+            messages = [question, said | {"parent": asked, "generation": how}]
+            times = {"created": now, "updated": now}
+            conversations.append({"id": str(uuid.uuid4()), "title": "t", "messages": messages} | times)
+        file = {"format": "babl-conversations", "version": 1, "passages": [], "conversations": conversations}
+        refused = me.call("POST", "/api/import", 507, json=file)
+        assert refused["error"]["code"] == "not_saved"
+        subprocess.run(["mount", "-o", "remount,size=32m", small_disk], check=True)
+        titles = lambda: [each["title"] for each in me.call("GET", "/api/conversations")["conversations"]]  # noqa: E731
+        wait_for(lambda: titles() == ["there before"])
+        me.conversation(title="goes on")
+
+
 def test_a_full_disk_is_told_and_loses_nothing_once_there_is_room(small_disk, serving):
     with serving(small_disk, {}) as server:
         me = server.person()

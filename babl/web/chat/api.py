@@ -23,7 +23,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from babl.errors import UserError
 from babl.web.chat import access
-from babl.web.chat.endpoint import Handler, Refusal, refused
+from babl.web.chat.endpoint import Handler, Refusal, decode, refused
 from babl.web.chat.hub import hub
 from babl.web.engine.client import EngineError
 from babl.web.engine.protocol import (
@@ -169,7 +169,7 @@ def _body(request: HttpRequest, kind: type) -> Any:
     """Returns what was sent, and logs nothing of it."""
     if len(request.body) > settings.PASSAGE_CHARACTERS * 4 + 2**20:
         raise Refusal(413, "too_long", f"the request has {len(request.body)} bytes")
-    return msgspec.json.decode(request.body, type=kind)
+    return decode(request.body, kind)
 
 
 async def _models() -> list[ModelState]:

@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 import msgspec
 from asgiref.sync import sync_to_async
 from django.core.exceptions import ObjectDoesNotExist, RequestDataTooBig
-from django.db import DatabaseError
+from django.db import DatabaseError, DataError, IntegrityError
 from django.http import HttpRequest, HttpResponse, HttpResponseBase, JsonResponse
 
 from babl.errors import UserError
@@ -93,6 +93,9 @@ def _refusal(error: Exception) -> Refusal:
             return Refusal(400, "invalid", str(error))
         case RequestDataTooBig():
             return Refusal(413, "too_long", "the request is too long")
+        case DataError() | IntegrityError():
+            log.error("a value could not be stored (%s)", type(error).__name__)
+            return Refusal(400, "invalid", "the request has a value that cannot be stored")
         case DatabaseError():
             log.error("a change could not be stored (%s)", type(error).__name__)
             return Refusal(507, "not_saved", "the server could not store this; is its disk full?")
@@ -109,7 +112,19 @@ def body(request: HttpRequest, kind: type[S]) -> S:
     """
     if len(request.body) > MOST_BODY:
         raise Refusal(413, "too_long", f"the request has {len(request.body)} bytes, expected at most {MOST_BODY}")
-    return msgspec.json.decode(without_nul(request.body) or b"{}", type=kind)
+    return decode(without_nul(request.body) or b"{}", kind)
+
+
+def decode(data: bytes, kind: type[S]) -> S:
+    """Returns what JSON says.
+
+    Raises:
+        msgspec.DecodeError: It is no JSON, or not what it should be.
+    """
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except RecursionError:
+        raise msgspec.DecodeError("the JSON is nested too deeply") from None
 
 
 async def read(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from asgiref.sync import sync_to_async
@@ -29,6 +29,7 @@ SAVE_SECONDS = 0.5
 RETRY_SECONDS = 1.0  # after a save that failed
 FIRST_WORD_SECONDS = 2.0  # the engine takes to say that it is full
 SET_AT_ONCE = 8  # questions of a set that the engine has at once
+T = TypeVar("T")
 log = logging.getLogger("babl.web")
 
 
@@ -140,8 +141,8 @@ class Hub:
         if left:
             log.warning("%d answers of an earlier process are marked interrupted", left)
         self._open = True
-        self._spawn(self._save_now_and_then())
-        self._spawn(self._start())
+        self.spawn(self._save_now_and_then())
+        self.spawn(self._start())
 
     async def _start(self) -> None:
         """The engine is ready, or the log says why not; questions wait for it, or are told."""
@@ -171,12 +172,16 @@ class Hub:
             log.error("%d answers could not be stored (%s)", len(rows), type(error).__name__)
         await self.engine.stop()
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task:
+    def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task:
         """Returns a task of its own: it has nothing of the request that began it, and outlives it."""
         task = asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    async def lasting(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Returns what the coroutine returns, which goes on where the caller is cancelled."""
+        return await asyncio.shield(self.spawn(coroutine))
 
     def get(self, id: str) -> Running | None:
         """Returns the answer of that id if it is on its way; the caller has made sure whose it is."""
@@ -189,11 +194,11 @@ class Hub:
             asked = await write(service, *args)
             return asked, [self._begin(request) for request in asked.requests]
 
-        return await asyncio.shield(self._spawn(store_and_begin()))
+        return await self.lasting(store_and_begin())
 
     def _begin(self, request: Request) -> Running:
         running = self._running[request.id] = Running(request)
-        self._spawn(self._listen(running))
+        self.spawn(self._listen(running))
         return running
 
     async def refusal(self, begun: Sequence[Running]) -> Failed | None:
@@ -274,11 +279,11 @@ class Hub:
 
         async def store_and_begin() -> Run:
             run = await write(service, *args)
-            task = self._sets[run.id] = self._spawn(self._answer_set(run))
+            task = self._sets[run.id] = self.spawn(self._answer_set(run))
             task.add_done_callback(lambda _: self._sets.pop(run.id, None))
             return run
 
-        return await asyncio.shield(self._spawn(store_and_begin()))
+        return await self.lasting(store_and_begin())
 
     async def stop_set(self, id: UUID) -> bool:
         """Returns whether the run was on its way; it is now stopped."""

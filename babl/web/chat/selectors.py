@@ -13,6 +13,7 @@ from django.contrib.postgres.search import SearchQuery, SearchVector
 from django.db import connection
 from django.db.models import Q, QuerySet
 
+from babl.errors import UserError
 from babl.evaluation.squad import question_scores
 from babl.web.chat.models import (
     ApiKey,
@@ -32,6 +33,7 @@ from babl.web.engine.protocol import Message as Turn
 
 PAGE = 40  # messages shown at first
 LIST = 50  # conversations of a page of the list
+WORDS = 32  # of a search
 EXCERPT = 60  # characters to each side of what was searched for
 FACTS = (  # of a generation, told as they are
     *("kind", "model", "with_context", "settings", "status", "finish", "error", "error_message", "prompt_tokens"),
@@ -355,6 +357,8 @@ def search(user: Any, query: str, limit: int = LIST) -> list[dict[str, Any]]:
     words = re.findall(r"\w+", query)
     if not words:
         return []
+    if len(words) > WORDS:
+        raise UserError(f"the search has {len(words)} words, expected at most {WORDS}")
     mine = Conversation.objects.filter(owner=user, deleted__isnull=True)
     in_title = mine
     for word in words:

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -193,15 +193,29 @@ def _purge(conversations: Sequence[Conversation]) -> None:
     used |= {each.passage_id for each in conversations}
     for each in conversations:
         each.delete()
-    free = Passage.objects.filter(id__in=used - {None}, questions__isnull=True)
+    delete_unused(used - {None})
+
+
+def delete_unused(passages: Collection[UUID]) -> None:
+    """Those of the passages that nothing uses are gone."""
+    free = Passage.objects.filter(id__in=passages, questions__isnull=True)
     free = free.exclude(id__in=Question.objects.values("passage_id"))
     free.exclude(id__in=Conversation.objects.filter(passage__isnull=False).values("passage_id")).delete()
+
+
+def passage_text(text: str) -> str:
+    """Returns the text as it is stored.
+
+    Raises:
+        UserError: It is empty or too long.
+    """
+    return _text("the passage", text.replace("\r\n", "\n"), settings.PASSAGE_CHARACTERS, least=1)
 
 
 @transaction.atomic
 def add_passage(user: Any, text: str, title: str = "", **facts: Any) -> Passage:
     """Returns the user's passage of this text: the one that is there already, or a new one with these facts."""
-    text = _text("the passage", text.replace("\r\n", "\n"), settings.PASSAGE_CHARACTERS, least=1)
+    text = passage_text(text)
     title = _text("title", title, 200) or _title(text)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     facts |= {"text": text, "title": title}

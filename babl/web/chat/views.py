@@ -294,8 +294,8 @@ def _file(data: str | bytes, name: str, kind: str) -> HttpResponse:
 
 
 async def import_file(request: HttpRequest) -> dict[str, int]:
-    """What a file has is there."""
-    return await write(exchange.import_, request.user, _upload(request)[1])
+    """What a file has is there, even where the client has left meanwhile."""
+    return await hub.lasting(exchange.import_(request.user, _upload(request)[1], hub.spawn))
 
 
 def _upload(request: HttpRequest) -> tuple[str, bytes]:

@@ -172,7 +172,9 @@ def from_pretrained(
     hf = read_config(folder)
     with _tensors(folder, hf["model_type"]) as found:
         model = _model_of(folder, hf, found)
-        state = {name: stored.read().to(device, dtype) for name, stored in _checked(model, folder, found).items()}
+        where = _checked(model, folder, found)
+        # Copied, not left mapped: who writes into the file later would change a part of the model that is in use.
+        state = {name: stored.read().to(device, dtype, copy=True) for name, stored in where.items()}
     model.load_state_dict(state, strict=False, assign=True)  # not strict: a tied head has a name, but no tensor
     model.tie_weights()
     return model.eval()
@@ -210,7 +212,7 @@ def _tensors(folder: Path, model_type: str) -> Iterator[dict[str, StoredTensor]]
     embedding = family.embedding[0]
     with ExitStack() as stack:
         found: dict[str, StoredTensor] = {}
-        for path in _weight_files(folder):
+        for path in weight_files(folder):
             file = stack.enter_context(_open(path))
             found |= {key: StoredTensor(path, file, key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         if not any(key.startswith(family.prefix) for key in found):
@@ -238,7 +240,7 @@ def _equal(one: StoredTensor, other: StoredTensor) -> bool:
     return alike and (one == other or torch.equal(one.read(), other.read()))
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Returns the folder's files of weights; as transformers, the single one where shards are there too."""
     if files := listed_files(folder, SINGLE, INDEX):
         return files
@@ -439,7 +441,7 @@ def _facts(folder: Path, hf: dict[str, Any]) -> dict[str, Any]:
             "parameters": sum(sizes.values()),
             "shared_parameters": embedding.numel() if model.config.tie_word_embeddings else 0,
             "dtypes": ", ".join(sorted({part.get_dtype() for part in parts.values()})),
-            "bytes": sum(path.stat().st_size for path in _weight_files(folder)),
+            "bytes": sum(path.stat().st_size for path in weight_files(folder)),
             "context": model.context_length,
             "cache_per_token": 2 * layers * heads * width,
             "tokenizer": next((name for name in TOKENIZER_FILES if (folder / name).is_file()), "none"),

@@ -67,6 +67,11 @@ def test_mistakes_are_openais(client, server):
         client.chat.completions.create(model="scripted", messages=image)
     with pytest.raises(openai.UnprocessableEntityError, match="the script says fail=prompt"):
         client.chat.completions.create(model="scripted", messages=say("fail=prompt x"))
+    with pytest.raises(openai.InternalServerError, match="the script says fail=broken") as broken:
+        client.chat.completions.create(model="scripted", messages=say("tokens=9 after=3 fail=broken x"))
+    assert broken.value.status_code == 500 and broken.value.type == "server_error"
+    with pytest.raises(openai.APIError, match="the script says fail=broken"):
+        list(client.completions.create(model="scripted", prompt="tokens=9 after=3 fail=broken x", stream=True))
     with pytest.raises(openai.RateLimitError):
         client.chat.completions.create(model="scripted", messages=say("fail=busy x"))
     with pytest.raises(openai.APIError, match="the script says fail=model"):

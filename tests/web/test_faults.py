@@ -57,6 +57,13 @@ def test_a_killed_engine_costs_one_answer(own_server):
     assert me.thread(id)["messages"][1]["content"] == answer["content"]
 
 
+def test_what_a_broken_model_wrote_is_no_answer(own_server):
+    me = own_server.person()
+    answer = me.answer(me.ask(me.conversation(), "tokens=60 delay=0.02 after=50 fail=broken x"))
+    assert (answer["status"], answer["error"], answer["content"]) == ("error", "broken", "")
+    assert answer["error_message"] == "the script says fail=broken"
+
+
 def test_a_server_that_is_told_to_end_lets_fifty_streams_go(own_server):
     me = own_server.person()
     conversations = [me.conversation() for _ in range(10)]

@@ -43,7 +43,7 @@ class Refusal(Exception):
         return {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
 
 
-STATUSES = {"model": 422, "busy": 429, "prompt": 422, "engine": 503}  # of what the engine says
+STATUSES = {"model": 422, "busy": 429, "prompt": 422, "broken": 500, "engine": 503}  # of what the engine says
 
 
 def refused(failure: Failed, **more: Any) -> Refusal:

@@ -102,6 +102,8 @@ class Running:
                 # The engine broke down: what it wrote stays, as after any crash.
                 status = Status.INTERRUPTED if code == "engine" else Status.ERROR
                 self.facts |= {"status": status, "error": code, "error_message": message}
+                if code == "broken":  # nothing that such a model wrote is an answer
+                    self.text = ""
         self.heard.set()
         self.tell()
 

@@ -2,7 +2,8 @@
 
 Requests that change something carry the header X-CSRFToken (pages have it in `<meta name="csrf-token">`). Errors are
 `{"error": {"code", "message", "retry_after"?}}` with status 400 (invalid), 401 (log in), 404 (unknown, or another's),
-409 (conflict), 413 (too long), 422 (the engine refuses), 429 (wait; Retry-After), 503 (no engine), 507 (not saved).
+409 (conflict), 413 (too long), 422 (the engine refuses), 429 (wait; Retry-After), 500 (the model is broken), 503 (no
+engine), 507 (not saved).
 Shapes: CONVERSATION is `selectors.conversation_json`, MESSAGE `message_json`, PASSAGE `passage_json`, SET `set_json`,
 RUN `run_json`. Ids are UUIDs. Clients may make their own for conversations (`id`) and must for questions (`client_id`):
 a request sent twice changes nothing.

@@ -3,8 +3,10 @@
 import ctypes
 import gc
 import hashlib
+import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from babl.errors import UserError, did_you_mean
 from babl.evaluation.predictions import file_hash
 from babl.generation import Engine
 from babl.generation.memory import need
-from babl.models.weights import describe
+from babl.models.weights import describe, weight_files
 from babl.text.tokenizer import TOKENIZER_FILES
 from babl.web.engine.prepare import Reader
 from babl.web.engine.protocol import ModelState
@@ -31,20 +33,36 @@ def find_models(folders: Sequence[Path]) -> dict[str, Path]:
         for pattern in PATTERNS:
             for path in sorted(folder.glob(pattern)):
                 name = path.relative_to(folder)
-                if (path / "config.json").is_file() and not any(part.startswith(".") for part in name.parts):
-                    found.setdefault(name.as_posix(), path)
+                if os.path.isfile(path / "config.json") and not any(part.startswith(".") for part in name.parts):
+                    found.setdefault(os.fsencode(name.as_posix()).decode("utf-8", "backslashreplace"), path)
     return found
+
+
+def _check_name(name: str, folder: Path) -> None:
+    """The folder can be named in messages.
+
+    Raises:
+        UserError: Its name is not UTF-8.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the name of the folder {name} is not UTF-8; rename it") from None
 
 
 def model_state(name: str, folder: Path, device: str, dtype: str) -> ModelState:
     """Returns what is known of a folder without reading its weights."""
     try:
+        _check_name(name, folder)
         known = describe(folder)
         if known["tokenizer"] == "none":
             raise UserError(f"{folder}: no tokenizer here")
         needed = need(known, device, dtype, CONVERSATION)
     except UserError as error:
         return ModelState(name, state="unusable", reason=str(error))
+    except Exception as error:  # whatever is the matter with one folder, the others are listed
+        traceback.print_exc(file=sys.stderr)
+        return ModelState(name, state="unusable", reason=f"{folder}: cannot be read ({type(error).__name__})")
     return ModelState(
         name,
         known["family"],
@@ -66,6 +84,7 @@ def folder_of(name: str, folders: Sequence[Path]) -> Path:
     found = find_models(folders)
     if name not in found:
         raise UserError(f"no model {name!r}{did_you_mean(name, found)}")
+    _check_name(name, found[name])
     return found[name]
 
 
@@ -115,14 +134,31 @@ def load_model(name: str, folders: Sequence[Path], device: str, dtype: str) -> L
             "model"
         )
     reader = read_reader(name, folders)
-    weights, tokenizer = _hash(folder, [".safetensors"]), _hash(folder, TOKENIZER_FILES)
-    return Loaded(Engine.load(folder, device, dtype), reader, weights, tokenizer, state.memory)
+    files = weight_files(folder)
+    tokenizer_files = [path for name in TOKENIZER_FILES if (path := folder / name).is_file()]
+    stamps = _stamps([*files, *tokenizer_files])
+    weights, tokenizer = _hash(files), _hash(tokenizer_files)
+    loaded = Loaded(Engine.load(folder, device, dtype), reader, weights, tokenizer, state.memory)
+    changed = [path for path, stamp in _stamps(stamps).items() if stamp != stamps[path]]
+    if changed:  # what was hashed need not be what was loaded
+        raise UserError(f"{changed[0]} was changed while {name} was read from it; load it again once it is whole")
+    return loaded
 
 
-def _hash(folder: Path, endings: Sequence[str]) -> str:
+def _stamps(files: Iterable[Path]) -> dict[Path, tuple[int, int, int] | None]:
+    """Returns what changes about each file when it is written or replaced; None where it is gone."""
+    found: dict[Path, tuple[int, int, int] | None] = {}
+    for path in files:
+        try:
+            of = path.stat()
+            found[path] = (of.st_ino, of.st_size, of.st_mtime_ns)
+        except FileNotFoundError:
+            found[path] = None
+    return found
+
+
+def _hash(files: Sequence[Path]) -> str:
     """Returns the prefix of the sha256 of the files' sha256, or of the one file's own."""
-    skipped = ("optimizer", "trainer")  # a checkpoint keeps its trainer's files beside the model's
-    files = sorted(p for p in folder.iterdir() if p.name.endswith(tuple(endings)) and not p.name.startswith(skipped))
     hashes = [file_hash(path) for path in files]
     return (hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest())[:DIGITS]
 

@@ -27,7 +27,7 @@ BOUNDS: dict[str, tuple[float, float]] = {  # of `Settings`, both included
 }
 
 FinishReason = Literal["eos", "stop", "length", "context", "cancelled"]
-FailureCode = Literal["model", "busy", "prompt", "engine"]
+FailureCode = Literal["model", "busy", "prompt", "broken", "engine"]
 LoadState = Literal["unloaded", "loading", "loaded", "unusable"]
 
 
@@ -199,7 +199,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     Attributes:
         id: Of the request, or of the call.
         code: "model": it cannot be loaded; "busy": the queue is full; "prompt": what was sent cannot be answered;
-            "engine": the process broke down, and is started again.
+            "broken": the model's logits are no numbers; "engine": the process broke down, and is started again.
         message: One line for the user.
         retry_after: Seconds until there may be room, where it is busy.
     """

@@ -30,6 +30,7 @@ from babl.web.engine.protocol import (
     Done,
     Event,
     Failed,
+    FailureCode,
     Loading,
     LoadState,
     ModelState,
@@ -275,12 +276,18 @@ class Scheduler:
         try:
             desk.step()
             self._report(desk)
+        except FloatingPointError as error:
+            self._give_up(name, "broken", f"{name}: {str(error).removeprefix(f'{desk.loaded.engine.name}: ')}")
         except Exception as error:  # whatever it is, the other models' answers go on
             traceback.print_exc(file=sys.stderr)
-            for task in desk.tasks:
-                self.emit(Failed(task.id, "engine", f"{name} broke down ({type(error).__name__})"))
-            self._desks[name] = Desk(desk.loaded)
+            self._give_up(name, "engine", f"{name} broke down ({type(error).__name__})")
         return True
+
+    def _give_up(self, name: str, code: FailureCode, reason: str) -> None:
+        """What the model was answering has failed; it is asked anew."""
+        for task in self._desks[name].tasks:
+            self.emit(Failed(task.id, code, reason))
+        self._desks[name] = Desk(self._desks[name].loaded)
 
     def _admit(self) -> None:
         """Those whose turn it is, and whose model is in memory, are going to be read."""

@@ -1,15 +1,18 @@
 """Real engine processes: their answers, their ends, and what of them is left."""
 
 import asyncio
+import hashlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 
 import msgspec
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from babl.generation import GenerationConfig
 from babl.models.build import ModelConfig, build_model
@@ -285,23 +288,30 @@ def test_a_process_that_is_sent_no_message_says_so_and_ends(process, loop, data)
 
 def test_the_process_waits_for_who_does_not_keep_up(process, loop, chat):
     line, messages, started = process
-    used = psutil.Process(started.pid).cpu_times
+
+    def used():
+        times = psutil.Process(started.pid).cpu_times()
+        return times.user + times.system
 
     async def read_late():
         line._transport.pause_reading()
-        request = chat("scripted", "tokens=8192 delay=0 " + "word" * 200, max_new_tokens=8192)
-        line.send(request)
+        for _ in range(8):
+            line.send(chat("scripted", "tokens=8192 delay=0 word", max_new_tokens=8192))
         before = -1.0
-        while used().user > before:  # until its buffers are full
-            before = used().user
+        while used() > before:  # until its buffers are full
+            before = used()
             await asyncio.sleep(0.3)
         assert messages.qsize() == 0
         line._transport.resume_reading()
-        text = ""
-        while not isinstance(message := await messages.get(), Done):
-            text += message.text if isinstance(message, Delta) else ""
-        assert message.tokens == 8192 and text == message.text
-        return before, used().user
+        texts, ends = defaultdict(str), {}
+        while len(ends) < 8:
+            message = await messages.get()
+            if isinstance(message, Delta):
+                texts[message.id] += message.text
+            elif isinstance(message, Done):
+                ends[message.id] = message
+        assert all(end.tokens == 8192 and end.text == texts[id] for id, end in ends.items())
+        return before, used()
 
     blocked, whole = loop.run(read_late())
     assert blocked < 0.7 * whole, "most of it was written after we read on"
@@ -366,6 +376,56 @@ def test_a_frame_that_cannot_be_sent_or_read_ends_its_request_alone(started, loo
         return [event async for event in client.submit(chat("scripted", "tokens=1 delay=0 c"))][-1].text
 
     assert loop.run(asyncio.wait_for(ask(), 30)) == "c", "the new process is not handed the wrong frame again"
+
+
+def test_a_file_written_over_or_cut_changes_no_model_in_memory(started, tmp_path, make_model, answer, complete, loop):
+    file = make_model("bloom", tmp_path / "models" / "one", seed=1) / "model.safetensors"
+    other = (make_model("bloom", tmp_path / "other", seed=2) / "model.safetensors").read_bytes()
+    client, first = started(tmp_path / "models"), hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+
+    def told(number=12):
+        (events,) = answer(client, complete("one", "the small fox", max_new_tokens=number))
+        return events[-1].text, events[-1].log_prob, events[-1].weights
+
+    before = told()
+    assert before[2] == first and len(other) == file.stat().st_size
+    with file.open("r+b") as in_place:
+        in_place.write(other)
+    assert told() == before
+    with file.open("r+b") as in_place:
+        in_place.truncate(1000)
+    assert told() == before and client.restarts == 0
+    file.write_bytes(other)
+    loop.run(client.unload("one"))
+    after = told()
+    assert after[1] != before[1] and after[2] == hashlib.sha256(other).hexdigest()[:12]
+
+
+def test_a_model_whose_logits_are_no_numbers_fails_by_name(started, tmp_path, make_model, answer, complete):
+    tensors = load_file(make_model("llama", tmp_path / "odd") / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "odd" / "model.safetensors", metadata={"format": "pt"})
+    make_model("llama", tmp_path / "sound")
+    client = started(tmp_path)
+    odd, sound = answer(client, complete("odd", "the fox"), complete("sound", "the fox", max_new_tokens=4))
+    assert (odd[-1].code, sound[-1].tokens) == ("broken", 4) and client.restarts == 0
+    assert odd[-1].message.startswith("odd: logits after 0 tokens of the answer are not finite")
+
+
+def test_odd_folders_hide_no_others(started, tmp_path, make_model, loop, answer, complete):
+    make_model("t5", tmp_path / "sound")
+    configs = {"array": "[]", "deep": "[" * 100_000, "null": "null", "half": '{"model_type": "t5"'}
+    configs |= {"sizes": '{"model_type": "t5", "d_model": "wide"}', os.fsdecode(b"not\xffutf"): "{}"}
+    for name, config in configs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+    client = started(tmp_path)
+    states = {state.name: state for state in loop.run(asyncio.wait_for(client.models(), 20))}
+    assert {name for name, state in states.items() if state.state != "unusable"} == {"sound"} and len(states) == 7
+    assert all(state.reason and "\n" not in state.reason for name, state in states.items() if name != "sound")
+    assert states["not\\xffutf"].reason.endswith("is not UTF-8; rename it")
+    wrong, right = answer(client, complete("not\\xffutf", "x"), complete("sound", "the fox", max_new_tokens=2))
+    assert wrong[-1].code == "model" and "rename it" in wrong[-1].message and right[-1].tokens <= 2
 
 
 def test_a_request_too_long_for_a_frame_is_refused(client, answer, complete, monkeypatch):

@@ -5,10 +5,12 @@ import math
 import socket
 import threading
 
+import msgspec
 import pytest
 import torch
 
 from babl.data.contexts import View
+from babl.errors import UserError
 from babl.evaluation.predictions import Asking, predict
 from babl.generation import GenerationConfig
 from babl.web.engine import models
@@ -133,12 +135,12 @@ def test_a_span_is_code_points_of_the_context(hand, loop, ask, chat):
         ("🦊🏳️‍🌈 Zoë reads about old  rivers.", "old  rivers"),
         ("the fox", None),
     ):
-        made.submit(request := ask("t5", "what?", context, seed=1, temperature=1e-9))
+        made.submit(request := ask("t5", "what?", context, seed=1, temperature=0.001))
         loop.run(made.finish(request.id))
         done = made.last(request.id)
         assert done.text == "old rivers"
         assert span == (None if done.span is None else context[slice(*done.span)])
-    made.submit(request := chat("t5", "what?", system="🦊 old rivers", temperature=1e-9))
+    made.submit(request := chat("t5", "what?", system="🦊 old rivers", temperature=0.001))
     loop.run(made.finish(request.id))
     assert made.last(request.id).span == (2, 12)
 
@@ -246,37 +248,39 @@ def test_a_request_that_is_sent_again_changes_nothing(hand, loop, complete):
 
 
 def test_what_cannot_be_answered_says_why(hand, loop, complete, monkeypatch):
-    made = hand("llama")
+    made = hand("llama", "bloom")
     requests = {
-        "prompt": [complete("llama", LONG * 3), complete("llama", "x", temperature=-1.0)],
+        "prompt": [complete("llama", LONG * 3), complete("bloom", "")],
         "model": [complete("lama", "x"), complete("odd", "x"), complete("empty", "x")],
     }
     ids = made.submit(*requests["prompt"], *requests["model"])
     loop.run(made.finish(*ids))
     assert [made.last(id).code for id in ids] == ["prompt", "prompt", "model", "model", "model"]
     messages = [made.last(id).message for id in ids]
-    assert "this model reads at most 255" in messages[0] and "temperature is -1.0" in messages[1]
+    assert "this model reads at most 255" in messages[0] and "the prompt is empty" in messages[1]
     assert messages[2] == "no model 'lama'; did you mean 'llama'?"
     assert "model_type is 'gpt2'" in messages[3] and "no weights" in messages[4]
     monkeypatch.setattr("babl.generation.memory.free_memory", lambda device: 100 << 20)
+    loop.run(made.scheduler.unload("bloom"))
     (id,) = made.submit(complete("bloom", "x"))
     loop.run(made.finish(id))
     assert made.last(id).code == "model"
     assert made.last(id).message == "bloom needs 257 MiB of memory, but 100 MiB are free; unload another model"
 
 
-def test_a_request_that_breaks_its_preparation_fails_alone(hand, loop, chat, capsys):
+def test_a_request_that_breaks_its_preparation_fails_alone(hand, loop, chat, complete, capsys):
     made = hand("talks")
-    made.scheduler._desks["talks"].loaded.reader.tokenizer.chat_template = "{{ messages[5:][0].content + 1 }}"
-    (id,) = made.submit(chat("talks", "x"))
-    made.turn()
-    assert made.last(id).code == "prompt" and "chat template failed" in made.last(id).message
-    made.scheduler._desks["talks"].loaded.reader.tokenizer.chat_template = "{{ messages | length }}"
-    made.scheduler._desks["talks"].loaded.reader.tokenizer.encode_chat = None
-    (id,) = made.submit(chat("talks", "x"))
+    for template in ("{{ messages[5:][0].content + 1 }}", "{{ messages | length + 'x' }}"):
+        made.scheduler._desks["talks"].loaded.reader.tokenizer.chat_template = template
+        (id,) = made.submit(chat("talks", "x"))
+        made.turn()
+        assert made.last(id).code == "prompt" and "chat template failed" in made.last(id).message
+    wrong = complete("talks", "x")
+    msgspec.structs.force_setattr(wrong, "prompt", 5)  # as a fault of ours would
+    (id,) = made.submit(wrong)
     made.turn()
     assert made.last(id) == Failed(id, "prompt", "the prompt cannot be made (TypeError)")
-    assert "Traceback" in capsys.readouterr().err
+    assert "TypeError" in capsys.readouterr().err
 
 
 def test_a_model_that_breaks_down_fails_its_own_answers_alone(hand, loop, complete, capsys):
@@ -296,6 +300,20 @@ def test_a_model_that_breaks_down_fails_its_own_answers_alone(hand, loop, comple
     (again,) = made.submit(complete("bloom", "the fox", max_new_tokens=3))
     loop.run(made.finish(again))
     assert isinstance(made.last(again), Done)
+
+
+def test_a_model_that_changes_while_it_is_read_is_not_loaded(make_model, tmp_path, monkeypatch):
+    file = make_model("bloom", tmp_path / "one") / "model.safetensors"
+    load = models.Engine.load
+
+    def load_as_it_is_written(*arguments):
+        engine = load(*arguments)
+        file.write_bytes(file.read_bytes())
+        return engine
+
+    monkeypatch.setattr(models.Engine, "load", load_as_it_is_written)
+    with pytest.raises(UserError, match=r"model\.safetensors was changed while one was read from it; load it again"):
+        models.load_model("one", [tmp_path], "cpu", "float32")
 
 
 def test_models_are_listed_with_their_states(hand, loop, folder):

@@ -156,10 +156,11 @@ def disjoint(train: Sequence[Example], test: Sequence[Example], key: str, files:
         UserError: They share an article.
     """
     found = shared(train, test)
-    if found.articles:
+    if number := len(found.articles):
         hint = "" if found.contexts else "; where titles tell nothing, data.articles=context takes each context for one"
         raise UserError(
-            f"{key}: {files[1]} shares {len(found.articles):,} articles with {files[0]}, first {found.articles[0]!r} "
+            f"{key}: {files[1]} shares {number:,} article{'s' if number > 1 else ''} with {files[0]}, "
+            f"first {found.articles[0]!r} "
             f"({found}); give a file of other articles{hint}"
         )
     if not found.questions and not found.near:

@@ -314,11 +314,10 @@ def _placed(where: str, example: Example, counts: Counter[str], astray: list[str
         counts["ambiguous"] += found.ambiguous
         if found.kind != "exact":
             offset = "" if answer.start is None else f" at offset {answer.start}"
-            there = "" if found.start is None else f", but {_short(example.context[found.start : found.end])} at"
-            astray.append(
-                f"{where}.answers[{i}] of {example.id}: no {_short(answer.text)}{offset}"
-                f"{there}{'' if found.start is None else f' {found.start}'}"
-            )
+            said = "" if found.start is None else _short(example.context[found.start : found.end])
+            form = " in other spaces or another Unicode form" if found.kind == "whitespace" else ""
+            there = f", but {said}{form} at {found.start}" if said else ""
+            astray.append(f"{where}.answers[{i}] of {example.id}: no {_short(answer.text)}{offset}{there}")
         yield Answer(answer.text, found.start, found.end)
 
 

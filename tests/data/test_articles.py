@@ -75,10 +75,10 @@ def test_a_single_equal_context_or_title_among_others_is_refused():
     train, test = questions(TOWNS[:3]), questions(TOWNS[3:])
     assert shared(train, test).articles == []
     stray = changed(train[5], title="Elsewhere", question="Who?")
-    with pytest.raises(UserError, match=r"shares 1 articles with a, first 'Bj.*|first .*1 of 7 contexts and 0 of 25"):
+    with pytest.raises(UserError, match=r"shares 1 article with a, first 'Bj.*|first .*1 of 7 contexts and 0 of 25"):
         disjoint(train, [*test, stray], "data.validation", ("a", "b"))
     stray = changed(test[0], title="dún mór" if test[0].title != "Dún_Mór" else "CRÊTE", context="Another text. " * 9)
-    with pytest.raises(UserError, match=r"shares 1 articles .*; where titles tell nothing, data.articles=context"):
+    with pytest.raises(UserError, match=r"shares 1 article .*; where titles tell nothing, data.articles=context"):
         disjoint(train, [*test[4:], stray], "data.validation", ("a", "b"))
 
 

@@ -102,6 +102,9 @@ def test_strict_names_the_first_five_places_and_counts_each_kind(tmp_path):
     assert "qas[1].answers[0] of q1: no 'Bo' at offset 5, but 'Bo' at 6" in message
     assert [f"of q{i}:" in message for i in range(9)] == [False] + 5 * [True] + 3 * [False]
     assert len(load_squad(path)) == 9
+    spelled = {"question": "Who?", "context": "the caf\u00e9 of Bo", "answer": "cafe\u0301"}
+    with pytest.raises(UserError, match="but 'caf\u00e9' in other spaces or another Unicode form at 4; mend them"):
+        load_squad(write(tmp_path, json.dumps(spelled)), Reading(strict=True))
     right = write(tmp_path, many([("Bo", 6)]))
     assert load_squad(right, Reading(strict=True)) == load_squad(right)
 

@@ -290,7 +290,7 @@ def _rank(name: str, steps: int, out: Path) -> None:
             me.barrier()
             begun = time.perf_counter()
             for part in range(ACCUMULATION):
-                batch = collate(features, 0, 0, dropout_keys(0, step, range(RANK_EXAMPLES)))
+                batch = collate(features, 0, dropout_keys(0, step, range(RANK_EXAMPLES)))
                 with backend.microbatch(last=part == ACCUMULATION - 1):
                     loss = token_loss(backend.model, batch) / (me.size * ACCUMULATION * batch.targets)
                     backend.backward(loss)

@@ -144,7 +144,7 @@ def _batch(work: Work, encoder_decoder: bool) -> Batch:
     keys = dropout_keys(SEED, 1, range(work.examples))
     kind = Feature if encoder_decoder else CausalFeature
     rows = [kind(str(i), draw((source,)).tolist(), draw((target,)).tolist()) for i in range(work.examples)]
-    return collate(rows, 0, 0, keys) if encoder_decoder else collate_causal(rows, 0, keys)
+    return collate(rows, 0, keys) if encoder_decoder else collate_causal(rows, keys)
 
 
 def _step(backend: Backend, batch: Batch) -> None:

@@ -21,6 +21,7 @@ from babl.text.prompts import Style, continuation_ids, prompt_ids, qa_prompt, qa
 from babl.text.segment import line_breaks
 
 IGNORE = -100  # a label that is no target
+FILLER = 0  # an id that every model has; no target depends on it
 LONG_WORD = 16  # tokens; what has no line break for longer (a URL, a row of spaces) may be cut at any of them
 
 
@@ -303,36 +304,35 @@ class Batch:
         return Batch(inputs, self.labels.to(device, non_blocking=True), self.ids, self.tokens, self.padded)
 
 
-def collate(features: Sequence[Feature], pad_id: int, start_id: int, keys: Sequence[int]) -> Batch:
+def collate(features: Sequence[Feature], start_id: int, keys: Sequence[int]) -> Batch:
     """Returns a T5 batch: source padded on the right, decoder inputs the targets moved right by one.
 
     Args:
         features: B examples; none gives one blank row without targets, so that every rank has something to compute.
-        pad_id: Fills input ids.
         start_id: The decoder's first input.
         keys: Of the dropout, one int64 per example.
     """
-    sources = [feature.source for feature in features] or [[pad_id]]
+    sources = [feature.source for feature in features] or [[FILLER]]
     targets = [feature.target for feature in features] or [[]]
-    input_ids = _padded(sources, pad_id)
+    input_ids = _padded(sources, FILLER)
     labels = _padded(targets, IGNORE)
     lengths = torch.tensor([len(source) for source in sources])
     inputs = {
         "input_ids": input_ids,
         "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
-        "decoder_input_ids": _padded([[start_id, *target[:-1]] for target in targets], pad_id),
+        "decoder_input_ids": _padded([[start_id, *target[:-1]] for target in targets], FILLER),
     }
     return _batch(features, inputs, labels, keys, input_ids.numel() + labels.numel())
 
 
-def collate_causal(features: Sequence[Feature], pad_id: int, keys: Sequence[int]) -> Batch:
+def collate_causal(features: Sequence[Feature], keys: Sequence[int]) -> Batch:
     """Returns a decoder's batch: source and target are one sequence, padded on the right; only the answer is a target.
 
     The label stands where its token is predicted, one place before it: logits[b, t] predicts labels[b, t]. Padding
     behind a text is seen by none of its tokens, so there is no mask. Arguments as for `collate`.
     """
-    rows = [[*f.source, *f.target[:-1]] for f in features] or [[pad_id]]
-    input_ids = _padded(rows, pad_id)
+    rows = [[*f.source, *f.target[:-1]] for f in features] or [[FILLER]]
+    input_ids = _padded(rows, FILLER)
     labels = _padded([[IGNORE] * (len(f.source) - 1) + f.target for f in features] or [[]], IGNORE)
     return _batch(features, {"input_ids": input_ids}, labels, keys, input_ids.numel())
 

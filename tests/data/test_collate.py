@@ -38,30 +38,34 @@ def view(answer, qid="q"):
 
 
 def test_a_batch_shifts_targets_and_ends_them_with_eos():
-    batch = collate(
-        [Feature("a", [5, 6, 1], [7, 8, 1]), Feature("b", [5, 1], [9, 1])], pad_id=0, start_id=0, keys=[1, 2]
-    )
+    batch = collate([Feature("a", [5, 6, 1], [7, 8, 1]), Feature("b", [5, 1], [9, 1])], start_id=3, keys=[1, 2])
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 1], [5, 1, 0]]
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch.inputs["decoder_input_ids"].tolist() == [[0, 7, 8], [0, 9, 0]]
+    assert batch.inputs["decoder_input_ids"].tolist() == [[3, 7, 8], [3, 9, 0]]
     assert batch.labels.tolist() == [[7, 8, 1], [9, 1, IGNORE]]
     assert (batch.targets, batch.tokens, batch.padded) == (5, 10, 12)
 
 
 def test_no_example_gives_a_blank_row_without_targets():
-    batch = collate([], pad_id=0, start_id=0, keys=[])
+    batch = collate([], start_id=0, keys=[])
     assert batch.targets == 0 and batch.inputs["input_ids"].shape == torch.Size([1, 1])
 
 
 def test_a_decoder_reads_prompt_and_answer_as_one_and_only_the_answer_is_a_target():
-    eos = pad = 1  # where padding is EOS, the EOS to be learned must stay a target
-    batch = collate_causal([CausalFeature("a", [5, 6], [7, 8, eos]), CausalFeature("b", [5], [9, eos])], pad, [1, 2])
-    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8], [5, 9, pad, pad]]
+    eos = 0  # where what fills a row is EOS, the EOS to be learned must stay a target
+    batch = collate_causal([CausalFeature("a", [5, 6], [7, 8, eos]), CausalFeature("b", [5], [9, eos])], [1, 2])
+    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
     assert batch.labels.tolist() == [[IGNORE, 7, 8, eos], [9, eos, IGNORE, IGNORE]]
     assert torch.equal(batch.inputs["logits_at"], batch.labels != IGNORE), "the head runs on labelled rows alone"
     assert (batch.targets, batch.tokens, batch.padded) == (5, 6, 8)
-    blank = collate_causal([], pad, [])
+    blank = collate_causal([], [])
     assert blank.targets == 0 and blank.inputs["input_ids"].shape == torch.Size([1, 1])
+
+
+def test_what_fills_a_batch_is_an_id_that_the_smallest_model_has():
+    short, long = Feature("a", [], [0]), Feature("b", [0, 0, 0], [0, 0, 0])
+    for batch in (collate([short, long], 0, [1, 2]), collate([], 0, []), collate_causal([], [])):
+        assert all(int(batch.inputs[name].max()) == 0 for name in batch.inputs if name.endswith("input_ids"))
 
 
 @pytest.mark.parametrize("name", ["tokenizers/t5", "tokenizers/llama", "checkpoints/stories260K"])

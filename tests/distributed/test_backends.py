@@ -51,7 +51,7 @@ def micro_batch(model, indices, step):
     examples = [feature(f"e{i}", ids(5 + i), ids(1 + i % 4)) for i in range(8)]
     # Of this seed no gradient is so near 0 that Adam makes whole steps of its rounding; of two in eight, one is.
     rows, keys = [examples[i] for i in indices], dropout_keys(4, step, indices)
-    batch = collate(rows, 0, 0, keys) if model.is_encoder_decoder else collate_causal(rows, 0, keys)
+    batch = collate(rows, 0, keys) if model.is_encoder_decoder else collate_causal(rows, keys)
     for row, index in enumerate(indices):
         if index in MUTE:
             batch.labels[row] = IGNORE

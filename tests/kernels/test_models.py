@@ -51,8 +51,8 @@ def batch(model, device):
     keys = [11, 22, 33]
     if model.is_encoder_decoder:
         features = [Feature(str(i), row[:-3], row[-3:]) for i, row in enumerate(rows)]
-        return collate(features, 0, 0, keys).to(torch.device(device))
-    return collate_causal([CausalFeature(str(i), row[:-3], row[-3:]) for i, row in enumerate(rows)], 0, keys).to(
+        return collate(features, 0, keys).to(torch.device(device))
+    return collate_causal([CausalFeature(str(i), row[:-3], row[-3:]) for i, row in enumerate(rows)], keys).to(
         torch.device(device)
     )
 

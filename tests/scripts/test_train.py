@@ -119,7 +119,7 @@ def gradient(groups, mute=()):
     model.train()
     examples, batches = features(), []
     for group in groups:
-        batch = collate([examples[i] for i in group], 0, 0, dropout_keys(0, 7, group))
+        batch = collate([examples[i] for i in group], 0, dropout_keys(0, 7, group))
         for row, i in enumerate(group):
             if i in mute:
                 batch.labels[row] = IGNORE

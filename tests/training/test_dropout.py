@@ -43,7 +43,7 @@ def losses_after(task, seed, keyed):
     trained = []
     for step in range(1, STEPS + 1):
         (indices,) = loader.next_step()
-        batch = collate([train[i] for i in indices], 0, 0, dropout_keys(seed, step, indices))
+        batch = collate([train[i] for i in indices], 0, dropout_keys(seed, step, indices))
         if not keyed:
             del batch.inputs["dropout_key"]
         loss = token_loss(model, batch) / batch.targets
@@ -55,7 +55,7 @@ def losses_after(task, seed, keyed):
         optimizer.zero_grad()
         trained.append(loss.item())
     model.eval()
-    batches = [collate([dev[i] for i in part], 0, 0, ()) for part in plan_epoch([f.lengths for f in dev], 4096, 0, 0)]
+    batches = [collate([dev[i] for i in part], 0, ()) for part in plan_epoch([f.lengths for f in dev], 4096, 0, 0)]
     with torch.no_grad():
         total = sum(token_loss(model, batch).item() for batch in batches)
     return statistics.mean(trained[-LAST:]), total / sum(batch.targets for batch in batches)

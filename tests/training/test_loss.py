@@ -20,7 +20,7 @@ def test_the_loss_of_a_decoder_shifts_once_and_leaves_out_the_prompt_as_transfor
     theirs = MODELS[family]().eval()
     theirs.save_pretrained(tmp_path)
     features = [CausalFeature("a", [5, 6, 7], [8, 9, 1]), CausalFeature("b", [5], [9, 1]), CausalFeature("c", [4], [1])]
-    batch = collate_causal(features, 0, [1, 2, 3])
+    batch = collate_causal(features, [1, 2, 3])
     loss = token_loss(from_pretrained(tmp_path), batch) / batch.targets
 
     rows = [f.source + f.target for f in features]

@@ -189,6 +189,8 @@ class Checkpoints:
             return
         if latest.is_dir() and not latest.is_symlink():  # the run was copied with links followed
             aside = self.folder / f"latest_before_{target.name}"
+            while aside.exists():  # a copy of such a copy
+                aside = aside.with_name(f"{aside.name}_")
             latest.rename(aside)
             _tell(f"{latest} is a folder: it is called {aside.name} now")
         link.unlink(missing_ok=True)
@@ -280,6 +282,8 @@ def find_fault(checkpoint: Path) -> str | None:
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except (AttributeError, KeyError, TypeError):
         return f"{MANIFEST} is not what was written"
+    if not expected:
+        return f"{MANIFEST} names no file"
     for name, (size, digest) in expected.items():
         path = checkpoint / name
         if not path.is_file():

@@ -101,6 +101,17 @@ def test_in_a_copy_that_followed_links_latest_is_a_folder_and_is_set_aside(tmp_p
     assert f"{copy / 'latest'} is a folder: it is called latest_before_step_000006 now" in capsys.readouterr().err
 
 
+def test_a_copy_of_a_copy_that_followed_links_is_gone_on_from(tmp_path):
+    save(Checkpoints(tmp_path / "0", ALONE, 2, 0, False), 5)
+    for generation in (1, 2, 3):
+        copy = tmp_path / str(generation)
+        subprocess.run(["cp", "-rL", tmp_path / str(generation - 1), copy], check=True)
+        Checkpoints(copy, ALONE, 2, 0, False).point_to(copy / "step_000005")
+        assert (copy / "latest").is_symlink() and (copy / "latest").resolve() == copy / "step_000005"
+    aside = "latest_before_step_000005"
+    assert names(copy) == ["latest", aside, f"{aside}_", f"{aside}__", "step_000005"]
+
+
 def test_where_latest_alone_was_copied_it_is_gone_on_from(tmp_path):
     save(Checkpoints(tmp_path / "run", ALONE, 2, 0, False), 5)
     (tmp_path / "copy").mkdir()

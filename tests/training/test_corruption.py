@@ -55,6 +55,13 @@ def test_no_flipped_bit_of_the_manifest_is_overlooked(finished, tmp_path):
         assert find_fault(folder), bytes(damaged)
 
 
+def test_a_manifest_of_nothing_vouches_for_nothing(finished, tmp_path):
+    folder = tmp_path / "step_000012"
+    shutil.copytree(finished / "step_000012", folder)
+    (folder / "manifest.json").write_text("{}")
+    assert find_fault(folder) == "manifest.json names no file"
+
+
 def test_where_no_checkpoint_is_whole_nothing_starts_over(finished, tmp_path, runs):
     run = tmp_path / "run"
     shutil.copytree(finished.parent, run, symlinks=True)

@@ -21,30 +21,27 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, last_step: int, tensorboard: bool, say: Callable[[str], None] = print):
-        """The log goes on behind the last step.
+        """Opens the log behind the last step.
 
         Args:
             folder: Of the run.
             last_step: That the run goes on from; 0 at its beginning.
             tensorboard: Whether the numbers are also written for TensorBoard.
             say: Told what of the log is lost.
+
+        Raises:
+            UserError: The file cannot be read or written, or TensorBoard is not installed.
         """
         path = folder / "metrics.jsonl"
         if last_step and not path.exists():
             say(f"{path} is missing: it begins with step {last_step + 1}")
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        read = [(line, _parse(line)) for line in lines]
-        # A crash may cut the last line short, and a file system fill a page with zeros.
-        damaged = sum(values is None for _, values in read)
-        if damaged:
-            say(f"{path}: {damaged} of {len(lines)} lines cannot be read, and are left out")
-        kept = [(line, values) for line, values in read if values is not None and _logged_before(values, last_step)]
-        aside = folder / ".metrics.tmp"
-        aside.write_bytes(b"".join(line for line, _ in kept))
-        aside.rename(path)
-        self.file = path.open("a", encoding="utf-8")
+        try:
+            kept = _cut_back(path, last_step, say)
+            self.file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
         self.board = _summary_writer(folder, last_step) if tensorboard else None
-        for _, values in kept:
+        for values in kept:
             if values["step"] == last_step:  # TensorBoard forgets whole steps, this one too
                 self._show(values)
         self.start_clock()
@@ -86,6 +83,21 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _cut_back(path: Path, last_step: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Rewrites the log without damaged lines and those after the last step; returns the values of the others."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    read = [(line, _parse(line)) for line in lines]
+    # A crash may cut the last line short, and a file system fill a page with zeros.
+    damaged = sum(values is None for _, values in read)
+    if damaged:
+        say(f"{path}: {damaged} of {len(lines)} lines cannot be read, and are left out")
+    kept = [(line, values) for line, values in read if values is not None and _logged_before(values, last_step)]
+    aside = path.with_name(".metrics.tmp")
+    aside.write_bytes(b"".join(line for line, _ in kept))
+    aside.rename(path)
+    return [values for _, values in kept]
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

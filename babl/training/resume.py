@@ -109,7 +109,14 @@ def _find(
         return Start(None, {}, data)
     state = read_state(newest)
     defaults, now = flat(asdict(type(cfg)())), flat(asdict(cfg)) | _hashes(data)
-    before = defaults | flat(tomllib.loads((newest / CONFIG).read_text(encoding="utf-8"))) | _hashes(state["data"])
+    try:
+        saved = tomllib.loads((newest / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{newest / CONFIG}: cannot be read ({error}), so the run cannot go on as what it was; begin one of "
+            "another run.name from the checkpoint with model.path"
+        ) from None
+    before = defaults | flat(saved) | _hashes(state["data"])
     for line in check_changes(before, now, state["step"], cfg.run.allow, newest):
         say(line)
     return Start(newest, state, data)

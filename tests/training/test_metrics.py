@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from babl.errors import UserError
 from babl.training.metrics import MetricsLog
 
 
@@ -34,6 +35,12 @@ def test_damaged_lines_are_left_out_and_counted(tmp_path, damage, place):
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(kept)
     number = len(joined.split(b"\n")) - joined.endswith(b"\n")
     assert said == [f"{tmp_path / 'metrics.jsonl'}: 1 of {number} lines cannot be read, and are left out"]
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written \(Is a directory\)"):
+        MetricsLog(tmp_path, 0, False)
 
 
 def test_a_missing_file_begins_anew(tmp_path):

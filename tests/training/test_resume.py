@@ -220,6 +220,21 @@ def test_another_order_of_examples_cannot_be_allowed(run, capsys):
     assert contents(run) == before
 
 
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda path: path.write_bytes(b"\xff"), lambda path: path.write_text("=")]
+)
+def test_without_the_checkpoints_configuration_it_is_not_known_what_the_run_was(run, capsys, damage):
+    checkpoint = run / "debug_cpu" / "checkpoints" / "step_000002"
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest.pop("run.toml")  # as where an edited loop does not save it, or saves another
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    damage(checkpoint / "run.toml")
+    before = contents(run)
+    assert resume(run, "train.steps=4") == 2
+    assert f"{checkpoint / 'run.toml'}: cannot be read (" in complaint(capsys)
+    assert contents(run) == before
+
+
 @dataclasses.dataclass
 class Mine:
     strength: float = 0.5

@@ -53,12 +53,12 @@ def build_config(cls: type[T], tree: dict[str, Any], source: str) -> T:
 
 
 def save_config(config: Any, path: Path) -> None:
-    """The file holds every key of the configuration, defaults included."""
+    """Writes every key of the configuration, defaults included."""
     path.write_bytes(tomli_w.dumps(dataclasses.asdict(config)).encode())
 
 
 def _override(tree: dict[str, Any], cls: type, override: str, file: str) -> None:
-    """The tree has the value of `section.key=value`."""
+    """Puts the value of `section.key=value` into the tree."""
     key, equals, text = override.partition("=")
     *sections, name = key.split(".")
     if not (equals and sections and name):
@@ -147,7 +147,7 @@ def _broken_bound(value: Any, bounds: Meta) -> str | None:
 
 
 def at_least(bound: float, **values: float) -> None:
-    """Every value is at least the bound; the keyword is its key, with `__` for the dot.
+    """Checks that every value is at least the bound; the keyword is its key, with `__` for the dot.
 
     Raises:
         UserError: One is not.

@@ -30,7 +30,7 @@ _devices: tuple[str, ...] = ("cuda",) if importlib.util.find_spec("triton") else
 
 
 def use_kernels(mode: str | None = None) -> None:
-    """Kernels are chosen in this way from now on, here and in processes started from here.
+    """Sets how kernels are chosen from now on, in this process and in those it starts.
 
     Args:
         mode: `auto`, on GPUs, dtypes and shapes for which a kernel was measured to be faster; `on`, wherever one can

@@ -1,4 +1,4 @@
-"""Locks that a process killed while it compiled kernels has left, on which torch would wait for ever."""
+"""Locks that a process killed while it compiled kernels has left, on which torch would wait endlessly."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ PATIENCE = 600.0  # seconds that compiling may take on another machine
 
 
 def check_locks() -> None:
-    """Nothing that is to be compiled waits for a process that is gone.
+    """Refuses to compile where a process that is gone has left its lock, which torch would wait for.
 
     torch locks a folder of compiled kernels by a file that the compiling process holds open. One that no process here
     holds is left over, unless the folder is on a file system that other machines share: then it may be theirs, and is
@@ -33,7 +33,7 @@ def check_locks() -> None:
                 if lock.exists() and not _is_held(lock):
                     raise UserError(
                         f"{lock} was left by a process that was killed while it compiled kernels, and the next would "
-                        f"wait for it for ever; where no other machine is compiling, remove it: rm {lock}"
+                        f"wait for it endlessly; where no other machine is compiling, remove it: rm {lock}"
                     )
             elif not said:
                 said = True

@@ -1,4 +1,4 @@
-"""Who am I among the processes torchrun has started?"""
+"""The processes that torchrun has started: this one's rank and device, and what all of them do together."""
 
 import os
 import random
@@ -54,14 +54,14 @@ class World:
         return values
 
     def seed(self, seed: int, step: int) -> None:
-        """Python's, numpy's and torch's generators begin anew, alike on all ranks: nothing of them needs saving."""
+        """Seeds Python's, numpy's and torch's generators, alike on all ranks, so that none of them needs saving."""
         python, numpy, of_torch = step_seeds(seed, step)
         random.seed(python)
         np.random.seed([numpy % 2**32, numpy >> 32])
         torch.manual_seed(of_torch)  # a CPU's generator reads the lower 32 bits
 
     def barrier(self) -> None:
-        """Nobody goes on before all have come."""
+        """Blocks until every rank arrives."""
         if self.size > 1:
             dist.barrier()
 
@@ -95,7 +95,7 @@ def world(timeout_seconds: float = 600) -> Iterator[World]:
 
 
 def start_group(world: World) -> None:
-    """There is a process group, even of one process; it ends with `world`."""
+    """Starts a process group where there is none, even of one process; it ends with `world`."""
     if not dist.is_initialized():
         dist.init_process_group(_transport(world.device), store=dist.HashStore(), rank=0, world_size=1)
 

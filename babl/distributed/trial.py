@@ -14,7 +14,7 @@ STEPS = 3
 
 
 def check_flat(optimizer: torch.optim.Optimizer, backend: str) -> None:
-    """The optimizer steps a matrix as it steps the same numbers in two flat pieces that know nothing of each other.
+    """Checks that the optimizer steps a matrix as it steps the same numbers in two flat, separate pieces.
 
     Raises:
         UserError: It does not: it looks at more than one number at a time.
@@ -30,7 +30,7 @@ def check_flat(optimizer: torch.optim.Optimizer, backend: str) -> None:
 
 
 def check_sharded(optimizer: torch.optim.Optimizer, mesh: DeviceMesh, backend: str) -> None:
-    """The optimizer steps a matrix as it steps the same matrix with its rows sharded over the mesh; all ranks call.
+    """Checks that the optimizer steps a matrix as it steps one whose rows are sharded over the mesh; all ranks call.
 
     Raises:
         UserError: It does not: it takes a shard for the whole.

@@ -19,7 +19,7 @@ class Adafactor(torch.optim.Optimizer):
     """
 
     def __init__(self, parameters: Iterable[Any], lr: float = 1.0, weight_decay: float = 0.0):
-        """The loop sets the rate before each step.
+        """Makes an optimizer whose rate the loop sets before each step.
 
         Args:
             parameters: Or groups of them.

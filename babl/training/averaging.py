@@ -44,7 +44,7 @@ def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> torch.optim.
 
 @contextmanager
 def averaged_weights(backend: Backend) -> Iterator[None]:
-    """Within it the model has the averaged weights, to be validated or saved; every rank enters it.
+    """Puts the averaged weights into the model while the context lasts, to validate or save; every rank enters it.
 
     Raises:
         UserError: There is no average yet, or the optimizer keeps none.

@@ -66,7 +66,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, world: World, keep_last: int, keep_every: int, background: bool):
-        """A save returns at once where `background` is true, and goes on in a thread.
+        """Prepares to save; where `background` is true, a save returns at once and goes on in a thread.
 
         Args:
             folder: Of all checkpoints of the run.
@@ -87,7 +87,7 @@ class Checkpoints:
         return self.world.gather(newest_whole(self.folder) if self.world.is_main else (None, []))[0]
 
     def save(self, step: int, share: Share, config: Any, state: dict[str, Any], write: Callable[[Path], None]) -> None:
-        """A new checkpoint is whole, or under way; `latest` points to it, and older ones are gone as `keep_*` say.
+        """Writes a checkpoint, points `latest` to it and deletes older ones as `keep_*` say, or starts to.
 
         Args:
             step: Optimizer steps done.
@@ -115,7 +115,7 @@ class Checkpoints:
         self.thread.start()
 
     def join(self) -> None:
-        """No save is under way.
+        """Waits until no save is under way.
 
         Raises:
             UserError: The last one cannot be written.
@@ -183,7 +183,7 @@ class Checkpoints:
         return [result for results, _ in reports for result in results]
 
     def point_to(self, target: Path) -> None:
-        """`latest` leads to the checkpoint."""
+        """Points `latest` to the checkpoint."""
         link, latest = self.folder / ".latest.tmp", self.folder / "latest"
         if latest == target or (latest.is_symlink() and latest.readlink() == Path(target.name)):
             return
@@ -198,7 +198,7 @@ class Checkpoints:
         link.rename(latest)
 
     def _prune(self, target: Path) -> None:
-        """Of the checkpoints up to the target, those that `keep_*` do not keep are gone."""
+        """Deletes the checkpoints up to the target that `keep_*` do not keep."""
         found = find_checkpoints(self.folder)
         # Newer ones are those that were passed over: they are neither kept for their age nor counted.
         found = found[: found.index(target) + 1]
@@ -213,7 +213,7 @@ class Checkpoints:
 
 
 def load_checkpoint(folder: Path, config: Any, load: Callable[[Tensors, Tensors], list[str]]) -> None:
-    """`load` is given weights and optimizer state.
+    """Gives `load` the weights and optimizer state of a checkpoint.
 
     Args:
         folder: The checkpoint.
@@ -296,7 +296,7 @@ def find_fault(checkpoint: Path) -> str | None:
 
 
 def _tell(line: str) -> None:
-    """The line stands above the loop's progress bar."""
+    """Prints a line above the loop's progress bar."""
     tqdm.write(line, file=sys.stderr)
 
 
@@ -331,7 +331,7 @@ def _entries(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 
 def _finish(aside: Path, target: Path, manifest: dict[str, dict[str, Any]]) -> None:
-    """The folder written aside has its manifest, and its name."""
+    """Writes the manifest of the folder written aside, syncs it, and gives it its name."""
     (aside / MANIFEST).write_text(json.dumps(dict(sorted(manifest.items())), indent=2) + "\n", encoding="utf-8")
     for path in (aside / MANIFEST, *(path for path in aside.rglob("*") if path.is_dir()), aside):
         _sync(path)

@@ -24,7 +24,7 @@ LOCK_SECONDS = 5.0  # that the processes of a run which was ended a moment ago m
 
 @contextmanager
 def sole_writer(folder: Path, world: World) -> Iterator[None]:
-    """Within it no other run writes into the folder, which is there; rank 0 locks it for all ranks.
+    """Creates the folder and locks it against other runs while the context lasts; rank 0 locks it for all ranks.
 
     The lock is the system's (flock), so that of a killed process is free at once. On a file system that has none,
     filelock takes a file with the owner's name in its place, and drops that of a process it knows to be dead.
@@ -63,7 +63,7 @@ def _read(owner: Path) -> str:
 
 
 def refuse_existing(folder: Path) -> None:
-    """Nothing in the folder is a run's.
+    """Refuses a folder that holds anything of a run.
 
     Raises:
         UserError: Something is.
@@ -79,7 +79,7 @@ def refuse_existing(folder: Path) -> None:
 
 
 def prepare_tokenizer(target: Path, cfg: ModelConfig, examples: list[Example]) -> None:
-    """Where the configuration names no tokenizer, `target` holds one made from the examples."""
+    """Trains a tokenizer on the examples into `target`, where the configuration names none."""
     if cfg.path or cfg.tokenizer:
         return
     style: Style = "t5" if FAMILIES[cfg.family].model.is_encoder_decoder else "decoder"

@@ -18,7 +18,7 @@ def token_loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> 
 
 
 def raise_nonfinite(step: int, me: World, model: nn.Module, batches: list[Batch]) -> NoReturn:
-    """Ends every rank's run, called by all: the first that has what broke names it, the others know that one does.
+    """Ends the run on every rank, each of which calls it; the first rank that finds what broke names it.
 
     Raises:
         FloatingPointError: Names step, rank, module and examples.
@@ -38,7 +38,7 @@ def raise_nonfinite(step: int, me: World, model: nn.Module, batches: list[Batch]
 
 @torch.no_grad()
 def _first_nonfinite(model: nn.Module, batches: list[Batch]) -> str | None:
-    """Returns whose values are not finite first; every rank computes all its batches, as a sharded model needs."""
+    """Returns the first parameter or output that is not finite; each rank computes all its batches."""
     broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     outputs = [_first_module(model, batch) for batch in batches]
     return f"parameter {broken[0]}" if broken else next((f"the output of {name}" for name in outputs if name), None)

@@ -12,7 +12,7 @@ ON_CPU = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory") 
 
 @contextmanager
 def memory_advice(doing: str) -> Iterator[None]:
-    """Whoever runs out of memory within it is told what takes less.
+    """Turns running out of memory within the context into one line that says what takes less.
 
     Args:
         doing: What is being done, for the message.

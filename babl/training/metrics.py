@@ -47,7 +47,7 @@ class MetricsLog:
         self.start_clock()
 
     def write(self, step: int, tokens: int = 0, **values: Any) -> None:
-        """The step's values are on disk; `tokens`, where given, also as a rate since `start_clock`."""
+        """Writes the step's values to disk; `tokens`, where given, also as a rate since `start_clock`."""
         line: dict[str, Any] = {"step": step, **values}
         if tokens:
             line["tokens"] = tokens
@@ -61,18 +61,18 @@ class MetricsLog:
         self._show(line)
 
     def _show(self, line: dict[str, Any]) -> None:
-        """TensorBoard has the line, where it is asked for."""
+        """Gives TensorBoard the line, where it is asked for."""
         if self.board is not None:
             for name, value in line.items():
                 if isinstance(value, int | float):
                     self.board.add_scalar(name, value, line["step"])
 
     def start_clock(self) -> None:
-        """The next line's rate counts from now, so that validating and saving count for none."""
+        """Starts the clock of the next line's rate, so that validating and saving do not count."""
         self.clock = time.perf_counter()
 
     def close(self) -> None:
-        """Everything is written."""
+        """Closes the files, with everything written."""
         self.file.close()
         if self.board is not None:
             self.board.close()

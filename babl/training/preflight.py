@@ -23,7 +23,7 @@ MIB = 2**20
 
 
 def try_batch(backend: Backend, longest: Batch, validated: Batch, say: Callable[[str], None]) -> None:
-    """The longest micro-batches of training and of validation fit into memory, and nothing has changed.
+    """Checks that the longest micro-batches of training and validation fit into memory; changes nothing.
 
     The loss is made no number: by their own contract, backends update nothing then, and forget the gradients.
 
@@ -60,7 +60,7 @@ def try_checkpoint(
     at_once: int,
     say: Callable[[str], None],
 ) -> None:
-    """A checkpoint can be written and read, the disk has room for the run's, and nothing has changed.
+    """Checks that a checkpoint can be written and read and that the disk has room for all; changes nothing.
 
     Args:
         folder: Of the run; what is tried there is gone afterwards.
@@ -102,7 +102,7 @@ def try_checkpoint(
 
 
 def check_written(checkpoint: Path, me: World, backend: Backend, config: Any) -> None:
-    """Each weight in a checkpoint is the one that a forward uses, in its precision, bit by bit; all ranks call.
+    """Checks that each weight of a checkpoint is, bit by bit, the one that a forward uses; all ranks call.
 
     Raises:
         UserError: One is not.

@@ -23,7 +23,7 @@ PRODUCTS = [
 
 
 def recompute_blocks(model: Model, what: Recompute) -> None:
-    """The blocks of a model keep less for the backward, which gives the same gradients for it.
+    """Has the blocks of a model keep less for the backward, which gives the same gradients.
 
     `all` keeps a block's input alone; `selective` keeps the results of matrix products too, so that only what is cheap
     is computed twice. A dropout that belongs to the example drops the same again.

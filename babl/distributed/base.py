@@ -69,7 +69,7 @@ class Backend(Protocol):
     """Whether every rank has all weights, so that one alone can call the model it gave to `setup`."""
 
     def setup(self, model: nn.Module, optimizer_fn: OptimizerFn) -> None:
-        """Model and optimizer are ready to train; a model on the meta device waits for `load` to have values.
+        """Makes model and optimizer ready to train; a model on the meta device gets its values from `load`.
 
         Frozen parameters (`requires_grad` false, or in none of the optimizer's groups) stay as they are.
 
@@ -78,13 +78,17 @@ class Backend(Protocol):
         """
 
     def microbatch(self, last: bool) -> AbstractContextManager[None]:
-        """Within it a forward and a backward run; the step's gradients are complete after its last micro-batch.
+        """Is entered for each forward and backward; the step's gradients are complete after its last micro-batch.
 
         A validation's forward also runs within one, for the precision of training.
         """
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of the loss, already divided by the step's target tokens on all ranks, are added up."""
+        """Adds up the gradients of the loss, which is already divided by the step's target tokens on all ranks.
+
+        A trained parameter that none of a step's losses depends on has a gradient of zero: it decays, and moves on with
+        its momentum, whatever the backend and the number of ranks.
+        """
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yields name and gradient of each parameter that has one, as this rank holds it.
@@ -106,7 +110,7 @@ class Backend(Protocol):
         """
 
     def exchange(self, key: str) -> None:
-        """Weights and the part `key` of the optimizer's state change places; a second call changes them back.
+        """Swaps the weights with the part `key` of the optimizer's state; a second call swaps them back.
 
         Raises:
             UserError: The optimizer's state has no such part.
@@ -119,7 +123,7 @@ class Backend(Protocol):
         """Returns this rank's share of weights and optimizer state; every rank must ask for its own."""
 
     def load(self, weights: Tensors, optimizer: Tensors) -> list[str]:
-        """Weights and optimizer state are these, by the names of `Share`; each rank reads what it keeps.
+        """Sets weights and optimizer state, by the names of `Share`; each rank reads what it keeps.
 
         Returns:
             The parameters that `weights` does not have, which keep their values.
@@ -129,7 +133,7 @@ class Backend(Protocol):
         """
 
 
-def deal(model: nn.Module, ranks: int) -> dict[str, int]:
+def assign_writers(model: nn.Module, ranks: int) -> dict[str, int]:
     """Returns which rank writes each parameter: the largest first, each to the rank that has least to write."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     loads, owners = [0] * ranks, {}
@@ -140,7 +144,7 @@ def deal(model: nn.Module, ranks: int) -> dict[str, int]:
 
 
 def materialize(model: nn.Module) -> None:
-    """Each parameter on the meta device has memory on the CPU, a tied one once.
+    """Gives each parameter on the meta device memory on the CPU, a tied one once.
 
     It is memory without values, and the system gives a page its place only when something is written there: what is
     cut up and moved on before it is loaded never takes it.
@@ -155,9 +159,9 @@ def materialize(model: nn.Module) -> None:
 
 
 def settle(model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> list[float]:
-    """Model and optimizer agree on what is trained; returns each parameter group's factor of the learning rate.
+    """Makes model and optimizer agree on what is trained; returns each group's factor of the learning rate.
 
-    Frozen parameters leave the optimizer's groups, and what no group has is frozen.
+    Frozen parameters leave the optimizer's groups and state, and what no group has is frozen.
 
     Raises:
         UserError: Nothing is trained, or `group_factors` says so.
@@ -177,6 +181,8 @@ def settle(model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> 
         print(f"the optimizer has no group for {len(left)} parameters, first {left[0]}: frozen", file=sys.stderr)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in trained)
+    for parameter in optimizer.state.keys() - trained:  # Adagrad makes its state when it is made
+        del optimizer.state[parameter]
     return [factors[i] for i in kept]
 
 
@@ -201,7 +207,7 @@ def group_factors(rates: list[float]) -> list[float]:
 
 
 def set_learning_rate(groups: Iterable[dict], factors: list[float], learning_rate: float) -> None:
-    """Every parameter group steps with its factor of this rate."""
+    """Sets every parameter group's rate to its factor of this one."""
     for group, factor in zip(groups, factors, strict=True):
         group["lr"] = learning_rate * factor
 
@@ -212,7 +218,7 @@ def trained_names(model: nn.Module) -> set[str]:
 
 
 def check_trained(model: nn.Module, trained: set[str]) -> None:
-    """What is trained is what was to be trained at `setup`.
+    """Checks that what is trained is what was to be trained at `setup`.
 
     Raises:
         UserError: A parameter was frozen, or no longer is, since.
@@ -244,7 +250,7 @@ def check_stored(model: nn.Module, trained: set[str], weights: Tensors, optimize
 
 @torch.no_grad()
 def exchange_state(parameters: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]], key: str) -> None:
-    """The values of the parameters and the part `key` of their optimizer state change places.
+    """Swaps the values of the parameters with the part `key` of their optimizer state.
 
     Raises:
         UserError: There is no such part.

@@ -13,9 +13,9 @@ from babl.distributed.base import (
     OptimizerFn,
     Share,
     Tensors,
+    assign_writers,
     check_stored,
     check_trained,
-    deal,
     exchange_state,
     materialize,
     set_learning_rate,
@@ -34,10 +34,10 @@ class DDP:
         self.world, self.bf16 = world, bf16
 
     def setup(self, model: nn.Module, optimizer_fn: OptimizerFn) -> None:
-        """Model and optimizer are ready to train."""
+        """Makes model and optimizer ready to train."""
         materialize(model)
         self.module = model.to(self.world.device)
-        self.owners = deal(model, self.world.size)
+        self.owners = assign_writers(model, self.world.size)
         self.optimizer = optimizer_fn(self.module)
         self.factors = settle(model, self.optimizer, self.world)
         self.trained = trained_names(model)
@@ -45,9 +45,9 @@ class DDP:
 
     @contextmanager
     def microbatch(self, last: bool) -> Iterator[None]:
-        """Within it a forward and a backward run; gradients meet only on the step's last micro-batch."""
+        """Is entered for each forward and backward; ranks' gradients are reduced on the last micro-batch alone."""
         check_trained(self.module, self.trained)
-        self.meet = last and self.world.size > 1
+        self.last = last
         alone = last or not isinstance(self.model, DistributedDataParallel)
         with (
             nullcontext() if alone else cast(DistributedDataParallel, self.model).no_sync(),
@@ -56,8 +56,8 @@ class DDP:
             yield
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients add up; DDP averages over ranks, and the loss is a share of a sum, hence the factor."""
-        if self.meet:  # DDP waits for a gradient of every parameter, also of those that this loss does not depend on
+        """Adds up gradients; DDP averages over ranks, and the loss is a share of a sum, hence the factor."""
+        if self.last:  # DDP waits for a gradient of every parameter, also of those that this loss does not depend on
             reached = _leaves(loss)
             unused = [p for p in self.module.parameters() if p.requires_grad and p not in reached]
             loss = loss + sum(p.sum() * 0.0 for p in unused)
@@ -79,7 +79,7 @@ class DDP:
         return norm
 
     def exchange(self, key: str) -> None:
-        """Weights and that part of the optimizer's state change places."""
+        """Swaps the weights with that part of the optimizer's state."""
         exchange_state(self.module.parameters(), self.optimizer.state, key)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -98,7 +98,7 @@ class DDP:
 
     @torch.no_grad()
     def load(self, weights: Tensors, optimizer: Tensors) -> list[str]:
-        """Weights and optimizer state are these."""
+        """Sets weights and optimizer state."""
         absent = check_stored(self.module, self.trained, weights, optimizer)
         parameters = dict(self.module.named_parameters())
         for name, stored in weights.items():

@@ -16,9 +16,9 @@ from babl.distributed.base import (
     Share,
     Stored,
     Tensors,
+    assign_writers,
     check_stored,
     check_trained,
-    deal,
     exchange_state,
     materialize,
     set_learning_rate,
@@ -40,9 +40,9 @@ class FSDP:
         self.precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
 
     def setup(self, model: nn.Module, optimizer_fn: OptimizerFn) -> None:
-        """Model and optimizer are ready to train."""
+        """Makes model and optimizer ready to train."""
         start_group(self.world)
-        self.owners = deal(model, self.world.size)
+        self.owners = assign_writers(model, self.world.size)
         materialize(model)
         mesh = init_device_mesh(self.world.device.type, (self.world.size,))
         # On a CPU there is nothing to offload to, and torch would look for a GPU.
@@ -62,7 +62,7 @@ class FSDP:
 
     @contextmanager
     def microbatch(self, last: bool) -> Iterator[None]:
-        """Within it a forward and a backward run; gradients meet only on the step's last micro-batch.
+        """Is entered for each forward and backward; ranks' gradients are reduced on the last micro-batch alone.
 
         Until then each rank keeps them whole.
         """
@@ -72,7 +72,7 @@ class FSDP:
         yield
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients add up."""
+        """Adds up gradients."""
         loss.backward()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -90,6 +90,9 @@ class FSDP:
 
     def step(self, learning_rate: float, max_norm: float) -> float:
         """Clips, updates and forgets the gradients; returns their norm before clipping."""
+        for parameter in self.parameters.values():
+            if parameter.requires_grad and parameter.grad is None:  # no loss of this step depends on it
+                parameter.grad = torch.zeros_like(parameter)
         total = torch.nn.utils.clip_grad_norm_(self.parameters.values(), max_norm or math.inf)
         norm = _whole(total).item()
         if math.isfinite(norm):
@@ -99,7 +102,7 @@ class FSDP:
         return norm
 
     def exchange(self, key: str) -> None:
-        """Weights and that part of the optimizer's state change places."""
+        """Swaps the weights with that part of the optimizer's state."""
         self._forget_whole()
         exchange_state(self.parameters.values(), self.optimizer.state, key)
 
@@ -122,7 +125,7 @@ class FSDP:
 
     @torch.no_grad()
     def load(self, weights: Tensors, optimizer: Tensors) -> list[str]:
-        """Weights and optimizer state are these; each rank reads the rows of its shards."""
+        """Sets weights and optimizer state; each rank reads the rows of its shards."""
         absent = check_stored(self.model, self.trained, weights, optimizer)
         self._forget_whole()
         for name, stored in weights.items():
@@ -144,7 +147,7 @@ class FSDP:
         return absent
 
     def _forget_whole(self) -> None:
-        """No whole tensor that a forward has left outlives the shards that it was made of."""
+        """Frees the whole tensors that a forward has left, so that none outlives the shards it was made of."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -155,7 +158,7 @@ def _whole(tensor: Any) -> Any:
 
 
 def _read_shard(target: Tensor, stored: Stored) -> None:
-    """The target, sharded by rows, holds its part of the stored tensor."""
+    """Reads this rank's rows of the stored tensor into the target."""
     assert isinstance(target, DTensor)
     local = target.to_local()
     rows = -(-target.shape[0] // target.device_mesh.size())  # of every rank but the last ones

@@ -17,9 +17,9 @@ from babl.distributed.base import (
     OptimizerFn,
     Share,
     Tensors,
+    assign_writers,
     check_stored,
     check_trained,
-    deal,
     exchange_state,
     materialize,
     set_learning_rate,
@@ -49,7 +49,7 @@ class Zero:
         self.settings = merge_settings(make_settings(world.size, bf16, cfg), cfg.deepspeed)
 
     def setup(self, model: nn.Module, optimizer_fn: OptimizerFn) -> None:
-        """Model and optimizer are ready to train.
+        """Makes model and optimizer ready to train.
 
         Raises:
             UserError: DeepSpeed is absent or refuses a setting, a killed process has left a lock on its kernels, or the
@@ -58,7 +58,7 @@ class Zero:
         deepspeed = _deepspeed(self.cfg.backend, self.world.device)
         check_locks()
         start_group(self.world)
-        self.owners = deal(model, self.world.size)
+        self.owners = assign_writers(model, self.world.size)
         waits = any(parameter.is_meta for parameter in model.parameters())
         materialize(model)
         optimizer = optimizer_fn(model)
@@ -85,13 +85,13 @@ class Zero:
 
     @contextmanager
     def microbatch(self, last: bool) -> Iterator[None]:
-        """Within it a forward and a backward run; stages 2 and 3 reduce each micro-batch's gradients, 1 their sum."""
+        """Is entered for each forward and backward; stages 2 and 3 reduce each micro-batch's gradients, 1 their sum."""
         check_trained(self.module, self.trained)
         self.engine.set_gradient_accumulation_boundary(last)
         yield
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients add up; DeepSpeed averages over ranks, and the loss is a share of a sum, hence the factor."""
+        """Adds up gradients; DeepSpeed averages over ranks, and the loss is a share of a sum, hence the factor."""
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -112,7 +112,7 @@ class Zero:
         return float(self.engine.get_global_grad_norm())
 
     def exchange(self, key: str) -> None:
-        """Weights and that part of the optimizer's state change places."""
+        """Swaps the weights with that part of the optimizer's state."""
         exchange_state(self._flat(), self.engine.optimizer.optimizer.state, key)
         self._publish()
 
@@ -144,7 +144,7 @@ class Zero:
         return share
 
     def load(self, weights: Tensors, optimizer: Tensors) -> list[str]:
-        """Weights and optimizer state are these; one whole tensor at a time is in memory."""
+        """Sets weights and optimizer state, with one whole tensor at a time in memory."""
         absent = check_stored(self.module, self.trained, weights, optimizer)
         for parameters, flat in zip(self._groups(), self._flat(), strict=True):
             state = self.engine.optimizer.optimizer.state[flat]
@@ -176,7 +176,7 @@ class Zero:
         return [{names[parameter]: parameter for parameter in group} for group in groups]
 
     def _link_state(self) -> None:
-        """Optimizer state can be asked for by parameter, also that of the second group of parameters.
+        """Links optimizer state to parameters, those of the second group included.
 
         DeepSpeed does this when the first group has made its first step, and the second has no state yet.
         """
@@ -198,7 +198,7 @@ class Zero:
         self._publish()
 
     def _publish(self) -> None:
-        """What a forward uses is what the optimizer steps."""
+        """Copies what the optimizer steps to what a forward uses."""
         zero = self.engine.optimizer
         if self.stage < 3:
             zero.update_lp_params()
@@ -209,7 +209,7 @@ class Zero:
             zero.checkpoint_event_epilogue()
 
     def _set(self, parameter: Any, value: Tensor, key: str | None) -> None:
-        """This rank's piece of a parameter's fp32 weight or, with a key, optimizer state is that of the value."""
+        """Sets this rank's piece of a parameter's fp32 weight or, with a key, of its optimizer state."""
         from deepspeed import utils
 
         named = () if key is None else (key,)
@@ -226,7 +226,7 @@ class Zero:
 
 @contextmanager
 def _gathered(parameter: Any, changed: bool = False) -> Iterator[None]:
-    """Within it the parameter is whole on every rank; one that rank 0 has changed is that on all afterwards."""
+    """Makes the parameter whole on every rank while the context lasts; `changed` spreads rank 0's value."""
     if not hasattr(parameter, "ds_id"):
         yield
         return

@@ -8,6 +8,7 @@ from functools import cache, partial
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from babl.data.collate import IGNORE, CausalFeature, Feature, collate, collate_causal
 from babl.data.loader import dropout_keys
@@ -116,10 +117,34 @@ def loaded(world, backend):
     return before, after, backend.save()
 
 
+def half_used(world, backend):
+    """This rank's share of two layers after three steps with decay, of which the loss depends on the first alone."""
+
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(3, 4), nn.Linear(3, 4)])
+            for parameter in self.parameters():
+                nn.init.ones_(parameter)
+
+        def forward(self, x):
+            return self.layers[0](x).square().sum()
+
+    backend = make_backend(DistributedConfig(backend), world, False)
+    backend.setup(First(), lambda model: torch.optim.AdamW(model.parameters(), weight_decay=0.5))
+    for _ in range(3):
+        for last in (False, True):
+            with backend.microbatch(last):
+                backend.backward(backend.model(torch.ones(2, 3)))
+        backend.step(0.1, MAX_NORM)
+    return backend.save()
+
+
 def everything(world, backend, settings):
     """What `trained` gives for each family and accumulation, and one run each of what else a backend can do."""
     families = ("t5", "llama", "bloom")
     results = {(f, a): trained(world, f, backend, a) for f in families for a in (1, 4)}
+    results["half used"] = half_used(world, backend)
     if world.size == 2:
         results |= {f"bf16 {family}": trained(world, family, backend, 2, bf16=True) for family in families}
         results["recomputed"] = trained(world, "t5", backend, 2, recompute="all")
@@ -224,6 +249,28 @@ def test_weights_that_zero3_gathers_and_releases_are_the_same(plain, ran, family
     assert_as_plain(ran("zero3", 2), f"released {family}", plain[family])
 
 
+@cache
+def bf16_weights_explain(family):
+    """How far gradients in fp32 move, as a share of their norm, where every weight is off by up to bf16's rounding.
+
+    A backward in bf16 rounds more than the weights, but each of its roundings is as small and as random: about this is
+    what it may be off by. It depends on the model: in this T5, whose attention has no scale, it is five times BLOOM's.
+    """
+
+    def gradients(draw):
+        model = tiny(family)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                off = 2 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(draw)) - 1
+                parameter.mul_(1 + off * torch.finfo(torch.bfloat16).eps / 2 * (draw > 0))
+        batch = micro_batch(model, list(STEPS[0]), 0)
+        (token_loss(model, batch) / batch.targets).backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    exact = gradients(0)
+    return sum((gradients(draw) - exact).norm() / exact.norm() for draw in range(1, 9)) / 8
+
+
 @pytest.mark.parametrize("family", ["t5", "llama", "bloom"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_in_bf16_weights_and_optimizer_stay_exact(plain, ran, backend, family):
@@ -231,7 +278,9 @@ def test_in_bf16_weights_and_optimizer_stay_exact(plain, ran, backend, family):
     gradients, norms, _ = results[0][f"bf16 {family}"]
     wanted_gradients, wanted_norms, *_ = plain[family]
     found, wanted = (torch.cat([g.flatten() for g in of.values()]) for of in (gradients, wanted_gradients))
-    assert (found - wanted).norm() < 0.05 * wanted.norm()
+    error = (found - wanted).norm() / wanted.norm()
+    assert error < 2 * bf16_weights_explain(family)
+    assert error > torch.finfo(torch.bfloat16).eps / 8, "matrices are not multiplied in bf16"
     assert norms == pytest.approx(wanted_norms, rel=0.05)
     assert (found != found.bfloat16()).float().mean() > 0.3  # four micro-batches' bf16, added up in fp32
     weights, state = joined([result[f"bf16 {family}"][2] for result in results])
@@ -249,6 +298,16 @@ def test_a_gradient_that_is_no_number_updates_nothing(ran, backend):
     weights, _ = joined([share for _, share in results])
     for name, start in tiny("t5").named_parameters():
         assert torch.equal(weights[name], start), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_no_loss_depends_on_decays_on_every_backend(ran, backend, ranks):
+    weights, state = joined([result["half used"] for result in ran(backend, ranks)])
+    for name in ("layers.1.weight", "layers.1.bias"):
+        assert torch.allclose(weights[name], torch.tensor((1 - 0.1 * 0.5) ** 3), rtol=1e-6), name
+        assert state[f"{name}/exp_avg"].abs().max() == 0 and state[f"{name}/step"] == 3
+    assert (weights["layers.0.weight"] < 0.8).all()  # by about 0.1 a step besides
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -89,6 +89,14 @@ def test_freezing_too_late_is_refused(frozen):
         step(model, backend)
 
 
+def test_an_optimizer_that_begins_with_its_state_keeps_none_of_what_is_frozen():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    model[0].requires_grad_(False)
+    _, backend = ready(lambda m: torch.optim.Adagrad(m.parameters()), model)
+    saved = backend.save()
+    assert saved.optimizer.keys() == {f"1.{name}/{key}" for name in ("weight", "bias") for key in ("step", "sum")}
+
+
 def test_nothing_to_train_is_refused():
     with pytest.raises(UserError, match="nothing is trained"):
         ready(lambda m: torch.optim.AdamW(m.requires_grad_(False).parameters()))

@@ -181,8 +181,8 @@ def settle(model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> 
         print(f"the optimizer has no group for {len(left)} parameters, first {left[0]}: frozen", file=sys.stderr)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in trained)
-    for parameter in optimizer.state.keys() - trained:  # Adagrad makes its state when it is made
-        del optimizer.state[parameter]
+    for frozen in optimizer.state.keys() - trained:  # Adagrad makes its state when it is made
+        del optimizer.state[frozen]
     return [factors[i] for i in kept]
 
 

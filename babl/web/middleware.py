@@ -2,12 +2,14 @@
 
 from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from asgiref.sync import markcoroutinefunction
 from django.conf import settings
 from django.http import HttpRequest, HttpResponse, HttpResponseBase, JsonResponse
 from django.shortcuts import render
 from django.utils.decorators import async_only_middleware
+from django.utils.http import url_has_allowed_host_and_scheme
 
 Next = Callable[[HttpRequest], Awaitable[HttpResponseBase]]
 
@@ -64,9 +66,19 @@ class gate:
         return unknown(request)
 
 
+def goal(request: HttpRequest) -> str:
+    """Returns where somebody is led who has logged in: to the page they asked for, which is never the login page."""
+    if request.path == settings.LOGIN_URL:
+        wanted = request.GET.get("next", "/")
+    else:
+        wanted = request.get_full_path() if request.method == "GET" else "/"
+    ours = url_has_allowed_host_and_scheme(wanted, {request.get_host()})
+    return wanted if ours and urlsplit(wanted).path != settings.LOGIN_URL else "/"
+
+
 def unknown(request: HttpRequest, message: str = "", status: int = 401) -> HttpResponse:
     """Returns the page, or the JSON, that asks somebody to log in."""
     if request.path.startswith(("/api/", "/metrics")):
         return JsonResponse({"error": {"code": "login", "message": message or "log in first"}}, status=status)
-    context = {"by_link": settings.BABL_AUTH == "local", "message": message, "next": request.get_full_path()}
+    context = {"by_link": settings.BABL_AUTH == "local", "message": message, "next": goal(request)}
     return render(request, "chat/login.html", context, status=status)

@@ -1,6 +1,7 @@
 """Logging in with name and password: who is refused, what that costs the server, and where it leads."""
 
 import contextlib
+import html
 import re
 
 import httpx
@@ -53,3 +54,28 @@ def test_long_names_stay_nowhere(house):
             assert http.post("/login/", content=iter([body]), headers=kind).status_code == 413
     assert process.memory_info().rss - before < 30 * 2**20
     assert http.post("/login/", data=form | {"username": "x" * 10_000, "password": "x"}).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("start", "goal", "mistakes"),
+    [
+        ("/", "/", 0),
+        ("/", "/", 2),
+        ("/login/", "/", 0),
+        ("/settings/?a=1", "/settings/?a=1", 1),
+        ("/login/?next=/sets/", "/sets/", 1),
+        ("/login/?next=/login/%3Fnext%3D/sets/", "/", 0),
+        ("/login/?next=/./login/", "/", 0),
+        ("/login/?next=//evil.example/", "/", 0),
+    ],
+)
+def test_logging_in_leads_to_the_page_that_was_asked_for(house, start, goal, mistakes):
+    address = f"9.9.{mistakes}.{len(start)}"
+    with httpx.Client(base_url=house.address, headers={"X-Forwarded-For": address}, follow_redirects=True) as http:
+        page = http.get(start)
+        for password in [*["mistyped"] * mistakes, "password-of-ada"]:
+            action = html.unescape(re.search(r'action="([^"]+)"', page.text)[1])
+            token = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', page.text)[1]
+            page = http.post(action, data={"username": "ada", "password": password, "csrfmiddlewaretoken": token})
+        assert page.status_code == 200 and page.url.raw_path.decode() == goal
+        assert 'name="password"' not in page.text

@@ -75,7 +75,7 @@ from django.contrib.auth.decorators import login_not_required
 from django.db import connections
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect, JsonResponse, StreamingHttpResponse
 from django.shortcuts import render
-from django.utils.http import content_disposition_header, url_has_allowed_host_and_scheme
+from django.utils.http import content_disposition_header
 
 from babl.data.squad import to_squad
 from babl.errors import UserError
@@ -84,7 +84,7 @@ from babl.web.chat.database import write
 from babl.web.chat.endpoint import Refusal, body, read, refused
 from babl.web.chat.hub import Running, hub
 from babl.web.engine.protocol import Settings
-from babl.web.middleware import unknown
+from babl.web.middleware import goal, unknown
 
 
 class NewConversation(services.ConversationChange, forbid_unknown_fields=True):
@@ -170,16 +170,14 @@ async def settings_page(request: HttpRequest) -> Any:
 @login_not_required
 async def login_page(request: HttpRequest) -> HttpResponse:
     """Lets somebody in: by the one-time link, or by name and password."""
-    goal = request.GET.get("next", "/")
-    goal = goal if url_has_allowed_host_and_scheme(goal, {request.get_host()}) else "/"
+    if request.method == "GET" and (await request.auser()).is_authenticated:
+        return HttpResponseRedirect(goal(request))
     if settings.BABL_AUTH == "local":
-        if (await request.auser()).is_authenticated:
-            return HttpResponseRedirect(goal)
         if not access.link.use(request.GET.get("token", "")):
             return await read(unknown, request, "that link was used" if "token" in request.GET else "")
         print(f"The link was used. For another browser: {access.link}", flush=True)
         await read(login, request, await write(services.local_user), "django.contrib.auth.backends.ModelBackend")
-        return HttpResponseRedirect(goal)
+        return HttpResponseRedirect(goal(request))
     if request.method != "POST":
         return await read(unknown, request, "", 200)
     name = request.POST.get("username", "")
@@ -191,7 +189,7 @@ async def login_page(request: HttpRequest) -> HttpResponse:
     if user is None:
         return await read(unknown, request, "the name or the password is wrong", 401)
     await read(login, request, user)
-    return HttpResponseRedirect(goal)
+    return HttpResponseRedirect(goal(request))
 
 
 async def logout_page(request: HttpRequest) -> HttpResponse:

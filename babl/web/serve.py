@@ -6,6 +6,7 @@ import ipaddress
 import os
 import signal
 import socket
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import IO
 
 from babl.errors import UserError
 
+DATABASE = "babl.sqlite3"
+SECRETS = (f"{DATABASE}*", "secret-key*", "serve.lock")  # in the data folder, for its owner alone
 GRACE_SECONDS = 8  # for responses under way when the server is told to end
 
 
@@ -44,31 +47,39 @@ def prepare(place: Place) -> Path:
     auth = os.environ.get("BABL_AUTH", "local")
     if auth not in ("local", "login"):
         raise UserError(f"BABL_AUTH is {auth!r}, expected local or login")
-    if place.data is not None:
-        os.environ["BABL_DATA"] = str(place.data.absolute())
+    folder = _private(place.data)
+    os.environ["BABL_DATA"] = str(folder)
     if place.models:
         os.environ["BABL_MODELS"] = os.pathsep.join(str(each.absolute()) for each in place.models)
     os.environ["DJANGO_SETTINGS_MODULE"] = "babl.web.settings"
     import django
-    from django.conf import settings
-    from django.core.management import call_command
-    from django.db import DatabaseError, connection, connections
+    from django.core.exceptions import ImproperlyConfigured
+    from django.db import DatabaseError, connections
 
     try:
-        folder = Path(settings.BABL_DATA)
+        django.setup()
+        try:
+            _make_tables(folder / DATABASE)
+        finally:
+            connections.close_all()
     except OSError as error:
-        raise UserError(f"--data: {place.data or 'the data folder'} cannot be written ({error.strerror})") from None
-    django.setup()
-    try:
-        if connection.vendor == "postgresql":  # once, by itself: a pool would go on trying
-            with connection.wrap_database_errors:
-                connection.Database.connect(**connection.get_connection_params()).close()
-        call_command("migrate", verbosity=0, interactive=False)
-    except DatabaseError as error:
+        raise UserError(f"--data: {folder} cannot be written ({error.strerror})") from None
+    except (DatabaseError, ImproperlyConfigured) as error:
         raise UserError(f"the database cannot be used: {str(error).strip().splitlines()[0]}") from None
-    finally:
-        connections.close_all()
     return folder
+
+
+def _make_tables(embedded: Path) -> None:
+    """The database has all tables; the embedded one is the file."""
+    from django.core.management import call_command
+    from django.db import connection
+
+    if connection.vendor == "postgresql":  # once, by itself: a pool would go on trying
+        with connection.wrap_database_errors:
+            connection.Database.connect(**connection.get_connection_params()).close()
+    else:
+        embedded.touch(0o600)  # SQLite makes its journals as readable as this
+    call_command("migrate", verbosity=0, interactive=False)
 
 
 def serve(place: Place) -> int:
@@ -79,7 +90,7 @@ def serve(place: Place) -> int:
     """
     _check_address(place.host)
     listening = _listen(place.host, place.port)
-    with _only_one(place.data):
+    with _only_one(_private(place.data)):
         prepare(place)
         import uvicorn
         from django.conf import settings
@@ -177,20 +188,45 @@ def _listen(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        listening.listen()  # two servers may both be bound, but only one of them gets further
     except OSError as error:
         raise UserError(f"--port: {host}:{port} cannot be listened at ({error.strerror}); choose another one") from None
     return listening
 
 
-def _only_one(data: Path | None) -> IO[str]:
+def _private(data: Path | None) -> Path:
+    """Returns the data folder, in which nobody else can read or write: it is made, or mended.
+
+    Raises:
+        UserError: It cannot be.
+    """
+    folder = data or Path(os.environ.get("BABL_DATA") or os.environ.get("BABL_HOME") or Path.home() / ".babl")
+    folder = folder.absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if folder.stat().st_mode & stat.S_ISVTX or folder == folder.parent:
+            raise UserError(f"--data: {folder} is a folder that all accounts share; choose one of your own")
+        for path in (folder, *(each for name in SECRETS for each in folder.glob(name))):
+            if path.stat().st_mode & 0o077:
+                path.chmod(0o700 if path == folder else 0o600)
+            if path.stat().st_mode & 0o077:  # as on a disk that keeps no permissions
+                raise UserError(
+                    f"--data: others can read {path}, and this disk cannot forbid it; choose another folder"
+                )
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror})"
+        raise UserError(f"--data: {error.filename or folder} {reason}; choose another folder") from None
+    return folder
+
+
+def _only_one(folder: Path) -> IO[str]:
     """Returns a file that is locked while it is open: two servers would each take the other's answers for lost ones.
 
     Raises:
         UserError: It is locked already, or cannot be written.
     """
-    folder = data or Path(os.environ.get("BABL_DATA") or os.environ.get("BABL_HOME") or Path.home() / ".babl")
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (folder / "serve.lock").touch(0o600)
         file = (folder / "serve.lock").open("w")
     except OSError as error:
         raise UserError(f"--data: {folder} cannot be written ({error.strerror})") from None

@@ -10,15 +10,19 @@ ALLOWED_HOSTS   names the server answers to, separated by commas; default the lo
 
 Behind a proxy that speaks HTTPS, BABL_HTTPS=1 keeps cookies off plain HTTP, BABL_TRUSTED_PROXIES names the addresses
 whose X-Forwarded-For is believed, and CSRF_TRUSTED_ORIGINS the origins of the pages, such as https://babl.example.org.
-BABL_QUESTIONS_PER_MINUTE limits each user (60).
+BABL_QUESTIONS_PER_MINUTE limits each user; default 60 with `login`, and nothing but the engine with `local`.
 """
 
+import hashlib
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any
 
 import dj_database_url
+
+from babl.errors import UserError
 
 BABL_DATA = Path(os.environ.get("BABL_DATA") or os.environ.get("BABL_HOME") or Path.home() / ".babl")
 BABL_MODELS = [Path(each) for each in os.environ.get("BABL_MODELS", "").split(os.pathsep) if each]
@@ -27,15 +31,53 @@ BABL_SCRIPTED = os.environ.get("BABL_SCRIPTED") == "1"
 
 
 def _secret_key() -> str:
-    """Returns the key of this data folder, made at the first call; a copy of it in another folder would sign alike."""
-    file = BABL_DATA / "secret-key"
+    """Returns the key of this data folder, made at the first call; a copy of it in another folder would sign alike.
+
+    Raises:
+        UserError: The file holds something else.
+    """
+    file, aside = BABL_DATA / "secret-key", BABL_DATA / f"secret-key.{os.getpid()}"
     BABL_DATA.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not file.exists():
+        try:
+            with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as new:
+                new.write(secrets.token_urlsafe(48))
+                new.flush()
+                os.fsync(new.fileno())
+            aside.rename(file)  # whole, or not at all: the disk may be full
+        finally:
+            aside.unlink(missing_ok=True)
+    key = file.read_bytes()
+    if not re.fullmatch(rb"[\w-]{64}", key):
+        raise UserError(
+            f"{file} has {len(key)} bytes that are no key, expected 64 letters, digits, - and _; delete it to get"
+            " a new one, and everybody has to log in again"
+        )
+    return key.decode()
+
+
+def _database(url: str) -> dict[str, Any]:
+    """Returns what Django is told of a PostgreSQL database."""
+    expected = "expected postgres://USER:PASSWORD@HOST:PORT/NAME"  # the value itself may have a password in it
+    if not url.startswith(("postgres://", "postgresql://")):
+        raise UserError(f"DATABASE_URL begins with {url.partition(':')[0][:20]!r}, {expected}")
     try:
-        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:
-            new.write(secrets.token_urlsafe(48))
-    except FileExistsError:
-        pass
-    return file.read_text()
+        found = dict(dj_database_url.parse(url, conn_max_age=0))
+    except ValueError:
+        raise UserError(f"DATABASE_URL cannot be read, {expected}; in a password, @ : / are %40 %3A %2F") from None
+    if not found["NAME"]:
+        raise UserError(f"DATABASE_URL names no database, {expected}")
+    return found
+
+
+def _questions_per_minute() -> int | None:
+    """Returns how many questions a user may ask a minute; None is as many as the engine takes."""
+    text = os.environ.get("BABL_QUESTIONS_PER_MINUTE")
+    if not text:
+        return None if BABL_AUTH == "local" else 60
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
+        raise UserError(f"BABL_QUESTIONS_PER_MINUTE is {text[:40]!r}, expected 1 to 999999999")
+    return int(text)
 
 
 SECRET_KEY = os.environ.get("SECRET_KEY") or _secret_key()
@@ -71,8 +113,8 @@ TEMPLATES = [
 ]
 DATABASES: dict[str, Any] = {}
 if os.environ.get("DATABASE_URL"):
-    DATABASES["default"] = dj_database_url.parse(os.environ["DATABASE_URL"], conn_max_age=0)
-    DATABASES["default"]["OPTIONS"] = {
+    DATABASES["default"] = _database(os.environ["DATABASE_URL"])
+    DATABASES["default"]["OPTIONS"] = DATABASES["default"].get("OPTIONS", {}) | {
         "pool": {"min_size": 1, "max_size": 10, "timeout": 20},
         "options": "-c statement_timeout=30000",
     }
@@ -96,11 +138,13 @@ USE_I18N = False
 
 STATIC_URL = "/static/"
 LOGIN_URL = "/login/"
-SESSION_COOKIE_NAME = "babl_session"
+# Browsers send cookies to every port of a host: those of two servers must not have one name.
+_OWN = hashlib.sha256(f"cookies of {SECRET_KEY}".encode()).hexdigest()[:12]
+SESSION_COOKIE_NAME = f"babl_session_{_OWN}"
 SESSION_COOKIE_AGE = 90 * 24 * 3600
 SESSION_COOKIE_SAMESITE = "Lax"
 SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = os.environ.get("BABL_HTTPS") == "1"
-CSRF_COOKIE_NAME = "babl_csrf"
+CSRF_COOKIE_NAME = f"babl_csrf_{_OWN}"
 CSRF_COOKIE_HTTPONLY = True  # pages carry the token themselves, for the header X-CSRFToken
 CSRF_FAILURE_VIEW = "babl.web.chat.views.csrf_failed"
 CSRF_TRUSTED_ORIGINS = [each for each in os.environ.get("CSRF_TRUSTED_ORIGINS", "").split(",") if each]
@@ -112,7 +156,7 @@ UPLOAD_BYTES = 64 * 2**20  # of an import or a question set
 LOGIN_BYTES = 16 * 2**10  # of a name and a password
 DATA_UPLOAD_MAX_MEMORY_SIZE = UPLOAD_BYTES
 FILE_UPLOAD_MAX_MEMORY_SIZE = 2**20  # of a body that is still arriving; what is longer waits on the disk
-QUESTIONS_PER_MINUTE = int(os.environ.get("BABL_QUESTIONS_PER_MINUTE", "60"))  # of one user
+QUESTIONS_PER_MINUTE = _questions_per_minute()  # of one user
 LOGINS_PER_MINUTE = 10  # of one address
 
 LOGGING = {  # requests are never logged with their bodies, and errors without their local variables

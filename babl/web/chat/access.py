@@ -48,15 +48,17 @@ class Limiter:
     """A bucket of tokens for each key, which fills evenly; those used last are kept, `KEPT` of them.
 
     Args:
-        per_minute: Tokens that a bucket holds, and gets in a minute.
+        per_minute: Tokens that a bucket holds, and gets in a minute; None for no limit.
     """
 
-    def __init__(self, per_minute: int):
-        self._per_second, self._most = per_minute / 60, float(per_minute)
+    def __init__(self, per_minute: int | None):
+        self._per_second, self._most = (per_minute or 0) / 60, float(per_minute or 0)
         self._buckets: OrderedDict[bytes, tuple[float, float]] = OrderedDict()  # hash of a key -> tokens at a time
 
     def wait(self, key: str) -> float:
         """Returns 0 and takes a token, or returns the seconds until there is one."""
+        if not self._most:
+            return 0.0
         now, hashed = time.monotonic(), sha256(key.encode(errors="surrogatepass")).digest()
         before, since = self._buckets.get(hashed, (self._most, now))
         tokens = min(self._most, before + (now - since) * self._per_second)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from babl.errors import UserError, did_you_mean
 from babl.generation import Engine, GenerationConfig
+from babl.generation.conversation import Reader
+from babl.generation.published import unused_settings
 from babl.generation.session import Session
 from babl.text.prompts import clean_answer
 
@@ -32,7 +34,7 @@ def run(session: Session, config: GenerationConfig, device: str, dtype: str) -> 
     with suppress(ImportError):
         import readline  # noqa: F401 (lines can be edited and called back)
 
-    engine = Engine.load(session.model, device, dtype)
+    engine = load(session.model, device, dtype)
     say(f"{session.model}: ask, or /help. Conversation {session.id}; Ctrl-C stops an answer, Ctrl-D leaves.")
     for message in session.messages:
         print(f"{'> ' if message['role'] == 'user' else ''}{message['content']}")
@@ -62,24 +64,32 @@ def ask(question: str, session: Session, engine: Engine, config: GenerationConfi
     """The question and the answer, whole or stopped, are in the conversation's file."""
     session.say("user", question)
     try:
-        most = engine.prompt_limit(config.max_new_tokens)
-        prompt, dropped = session.prompt(engine.tokenizer, engine.style, most)
-        if dropped:
-            say(f"({dropped} earlier messages no longer fit the model's context of {engine.model.context_length})")
+        context, family = engine.model.context_length, engine.model.config.model_type
+        reader = Reader.of(Path(session.model), family, context, engine.tokenizer)
+        worded = session.worded(reader, config.max_new_tokens)
+        if worded.cut_tokens and worded.windows:
+            say(f"({worded.cut_tokens} tokens said before are not read: this model answers each question by itself)")
+        elif worded.dropped:
+            say(f"({worded.dropped} earlier messages no longer fit: a prompt may have {worded.limit} tokens)")
         session.save()
         with stopped_by_ctrl_c() as stop:
-            stream = engine.stream(prompt, cancelled=stop.is_set, **asdict(config))
-            for piece in stream:
-                print(piece, end="", flush=True)
+            if len(worded.prompts) == 1:
+                stream = engine.stream(worded.prompts[0], cancelled=stop.is_set, **asdict(config))
+                for piece in stream:
+                    print(piece, end="", flush=True)
+                answer = stream.answer
+            else:  # windows of a long context: the likeliest answer of them
+                answers = engine.answer(worded.prompts, config, cancelled=stop.is_set)
+                answer = max(answers, key=lambda found: found.log_prob)
+                print(answer.text, end="")
     except UserError:
         session.messages.pop()  # nobody answered it
         raise
     print()
-    answer = stream.answer
     if not answer.complete:
         why = {"length": f"--max-new-tokens {config.max_new_tokens} reached", "context": "the model's context is full"}
         say(f"({why.get(answer.finish, 'stopped')})")
-    text = answer.text if engine.tokenizer.chat_template else clean_answer(answer.text)
+    text = clean_answer(answer.text) if worded.windows else answer.text
     session.say("assistant", text)
     session.save()
 
@@ -103,11 +113,12 @@ def command(line: str, session: Session, engine: Engine, device: str, dtype: str
         say(f"context of {tokens} tokens" if session.context else "no context")
     elif name == "/system":
         session.system = argument
-        unheard = "" if engine.tokenizer.chat_template or not argument else " (this base model has no place for it)"
+        heard = engine.style == "t5" or engine.tokenizer.chat_template or not argument
+        unheard = "" if heard else " (this base model has no place for it)"
         say(f"system: {argument or 'none'}{unheard}")
     elif name == "/model":
         if argument:
-            engine = Engine.load(argument, device, dtype)
+            engine = load(argument, device, dtype)
             session.model = argument
         say(session.model)
     elif name == "/save":
@@ -118,6 +129,14 @@ def command(line: str, session: Session, engine: Engine, device: str, dtype: str
             except OSError as error:
                 raise UserError(f"{argument} cannot be written ({error.strerror})") from None
             say(f"written to {argument}")
+    return engine
+
+
+def load(folder: str, device: str, dtype: str) -> Engine:
+    """Returns the engine of a folder, and says what of its generation_config.json is not used."""
+    engine = Engine.load(folder, device, dtype)
+    if unused := unused_settings(folder):
+        say(unused)
     return engine
 
 

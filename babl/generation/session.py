@@ -1,4 +1,4 @@
-"""A conversation: what was said, what of it a model reads next, and the file it is kept in."""
+"""A conversation in the terminal: what was said, and the file it is kept in."""
 
 import json
 import os
@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from babl.errors import UserError
-from babl.text import Tokenizer
-from babl.text.prompts import Message, Style, chat_ids, prompt_ids, qa_prompt
+from babl.generation.conversation import Reader, Worded, word_conversation
+from babl.text.prompts import Message
 
 
 def conversations() -> Path:
@@ -43,30 +43,10 @@ class Session:
         """The message is the last one said."""
         self.messages.append({"role": role, "content": content})
 
-    def prompt(self, tokenizer: Tokenizer, style: Style, most: int | None) -> tuple[list[int], int]:
-        """Returns the ids that ask for the next answer, and how many earlier messages had no room in them.
-
-        A model with a chat template reads the conversation, the context before the last question. A base model reads
-        that question alone, worded as in training.
-
-        Args:
-            tokenizer: The model's.
-            style: The family's wording of questions.
-            most: Ids there is room for; None for any number. The last question is never left out.
-        """
-        question = self.messages[-1]["content"]
-        if not tokenizer.chat_template:
-            (ids,) = prompt_ids([qa_prompt(question, self.context or None, style)], tokenizer, style)
-            return ids, 0
-        asked = f"Context: {self.context}\n\n{question}" if self.context else question
-        earlier = self.messages[:-1]
-        dropped = 0
-        while True:
-            system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-            ids = chat_ids([*system, *earlier[dropped:], {"role": "user", "content": asked}], tokenizer)
-            if most is None or len(ids) <= most or dropped >= len(earlier):
-                return ids, dropped
-            dropped += 2  # a question goes with its answer
+    def worded(self, reader: Reader, max_new_tokens: int) -> Worded:
+        """Returns what a model reads to answer the last question, see `word_conversation`."""
+        told = [Message(role="system", content=self.system)] if self.system else []
+        return word_conversation([*told, *self.messages], self.context, reader, max_new_tokens)
 
     def save(self) -> Path:
         """Returns the file, which has all that was said."""

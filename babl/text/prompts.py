@@ -1,5 +1,6 @@
 """The wording of questions, contexts and answers: training, evaluation and chat all read it from here."""
 
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from babl.errors import UserError
 from babl.text.tokenizer import Tokenizer
 
-Style = Literal["t5", "decoder"]
+Style = Literal["t5", "decoder", "chat"]  # "chat": a decoder's chat template around the question
 
 NO_ANSWER = "unanswerable"
 """The target text of a question without an answer."""
@@ -30,17 +31,20 @@ def qa_prompt(question: str, context: str | None, style: Style = "t5") -> str:
     Args:
         question: The question x.
         context: The passage c, or None for the arm that sees the question alone.
-        style: `t5` for encoder-decoders, `decoder` (context first) for decoder-only models.
+        style: `t5` for encoder-decoders, `decoder` (context first) for decoder-only models, `chat` for what a user says
+            to one with a chat template.
 
     Raises:
-        UserError: `style` is neither.
+        UserError: `style` is none of these.
     """
     if style == "t5":
         return f"question: {question}" if context is None else f"question: {question} context: {context}"
     if style == "decoder":
         passage = "" if context is None else f"Context: {context}\n"
         return f"{passage}Question: {question}\nAnswer:"
-    raise UserError(f"prompt style '{style}': expected 't5' or 'decoder'")
+    if style == "chat":
+        return question if context is None else f"Context: {context}\n\n{question}"
+    raise UserError(f"prompt style '{style}': expected 't5', 'decoder' or 'chat'")
 
 
 def qa_target(answer: str | None, style: Style = "t5") -> str:
@@ -50,21 +54,30 @@ def qa_target(answer: str | None, style: Style = "t5") -> str:
     `Tokenizer.encode_continuation`.
 
     Raises:
-        UserError: `style` is neither `t5` nor `decoder`.
+        UserError: `style` is none of `t5`, `decoder` and `chat`.
     """
     text = NO_ANSWER if answer is None else answer
-    if style == "t5":
+    if style in ("t5", "chat"):
         return text
     if style == "decoder":
         return f" {text}"
-    raise UserError(f"prompt style '{style}': expected 't5' or 'decoder'")
+    raise UserError(f"prompt style '{style}': expected 't5', 'decoder' or 'chat'")
 
 
-def prompt_ids(texts: Sequence[str], tokenizer: Tokenizer, style: Style) -> list[list[int]]:
+def prompt_ids(texts: Sequence[str], tokenizer: Tokenizer, style: Style, system: str = "") -> list[list[int]]:
     """The ids a model reads for each prompt: EOS behind it for an encoder, BOS, where there is one, before a decoder's.
 
     Training and every way of asking take them from here, so that what is asked begins as what was learned.
+
+    Args:
+        texts: Worded by `qa_prompt`, or a user's own.
+        tokenizer: The model's.
+        style: `chat` makes each text a conversation of one message.
+        system: What a chat template is given as the system message; empty for none.
     """
+    if style == "chat":
+        told = [Message(role="system", content=system)] if system else []
+        return [chat_ids([*told, Message(role="user", content=text)], tokenizer) for text in texts]
     before, behind = ([], [tokenizer.eos_id]) if style == "t5" else (tokenizer.prefix_ids, [])
     return [[*before, *ids, *behind] for ids in tokenizer.encode_batch(texts)]
 
@@ -105,8 +118,9 @@ def _render(messages: Sequence[Message], tokenizer: Tokenizer) -> str:
     written = {f"{name}_token": None if id is None else tokenizer.written(id) for name, id in ids.items()}
     names = {name: token for name, token in written.items() if token is not None}
     try:
-        template = _environment().from_string(tokenizer.chat_template)
-        return template.render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **names)
+        return _template(tokenizer.chat_template).render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=True, **names
+        )
     except Exception as error:  # of code that a stranger wrote, anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the model's chat template failed: {reason}") from None
@@ -123,8 +137,9 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> jinja2.Environment:
-    """What transformers gives templates, which are written for it."""
+@functools.lru_cache(maxsize=8)
+def _template(source: str) -> jinja2.Template:
+    """The template, with what transformers gives templates, which are written for it."""
 
     def refuse(reason: str) -> None:
         raise jinja2.TemplateError(reason)
@@ -139,7 +154,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
-    return environment
+    return environment.from_string(source)
 
 
 def clean_answer(text: str) -> str:

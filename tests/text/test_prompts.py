@@ -27,6 +27,12 @@ def test_whitespace_and_braces_pass_through(style):
     assert context in prompt
 
 
+def test_a_chat_models_user_gives_the_context_before_the_question():
+    assert qa_prompt("Who?", "Ann ran.", style="chat") == "Context: Ann ran.\n\nWho?"
+    assert qa_prompt("Who?", None, style="chat") == "Who?"
+    assert (qa_target("Ann", "chat"), qa_target(None, "chat")) == ("Ann", "unanswerable")
+
+
 def test_target():
     assert qa_target("Ann", "t5") == "Ann"
     assert qa_target("Ann", "decoder") == " Ann"
@@ -36,7 +42,7 @@ def test_target():
 
 @pytest.mark.parametrize("word", [lambda style: qa_prompt("q", None, style), lambda style: qa_target("a", style)])
 def test_an_unknown_style_is_named(word):
-    with pytest.raises(UserError, match="prompt style 'gpt': expected 't5' or 'decoder'"):
+    with pytest.raises(UserError, match="prompt style 'gpt': expected 't5', 'decoder' or 'chat'"):
         word("gpt")
 
 

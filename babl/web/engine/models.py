@@ -15,10 +15,10 @@ import torch
 from babl.errors import UserError, did_you_mean
 from babl.evaluation.predictions import file_hash
 from babl.generation import Engine
+from babl.generation.conversation import Reader
 from babl.generation.memory import need
 from babl.models.weights import describe, weight_files
 from babl.text.tokenizer import TOKENIZER_FILES
-from babl.web.engine.prepare import Reader
 from babl.web.engine.protocol import ModelState
 
 PATTERNS = ("*", "**/model-*", "**/checkpoints/latest")  # pulled or copied models, then what `demo` and `train` leave

@@ -19,11 +19,12 @@ import msgspec
 import psutil
 
 from babl.errors import UserError
+from babl.generation.conversation import Reader
 from babl.generation.engine import Decoding, Row
 from babl.text.prompts import clean_answer
 from babl.web.engine import models
 from babl.web.engine.models import Loaded
-from babl.web.engine.prepare import Prepared, Reader, prepare
+from babl.web.engine.prepare import Prepared, prepare
 from babl.web.engine.protocol import (
     Counted,
     Delta,

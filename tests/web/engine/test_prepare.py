@@ -3,9 +3,10 @@
 import pytest
 
 from babl.errors import UserError
+from babl.generation.conversation import MOST_PROMPT, Reader
 from babl.models.weights import describe
 from babl.text.prompts import prompt_ids, qa_prompt
-from babl.web.engine.prepare import MOST_PROMPT, Reader, prepare
+from babl.web.engine.prepare import prepare
 from babl.web.engine.protocol import ChatRequest, Message
 
 LONG = "the small fox reads a long book about old rivers and the town. " * 12
@@ -65,11 +66,12 @@ def test_t5_reads_the_last_question_with_the_passage_or_the_system_message(reade
     assert texts(alone, reader) == ["question: who reads"] and alone.cut_tokens == 0
 
 
-def test_a_base_decoder_goes_on_with_the_transcript_unless_there_is_a_passage(readers, chat):
+def test_a_base_decoder_reads_the_last_question_as_in_training(readers, chat):
     reader = readers["bloom"]
-    assert texts(prepare(chat("bloom", "the fox"), reader), reader) == ["the fox"]
+    assert texts(prepare(chat("bloom", "the fox"), reader), reader) == ["Question: the fox\nAnswer:"]
     told = prepare(chat("bloom", "the fox", "reads", "a book", system="old"), reader)
-    assert texts(told, reader) == ["old\nthe fox\nreads\na book"]
+    assert texts(told, reader) == ["Question: a book\nAnswer:"]
+    assert told.cut_tokens == sum(len(reader.tokenizer.encode(text)) for text in ("the fox", "reads", "old"))
     asked = prepare(chat("bloom", "who reads", context="the fox"), reader)
     assert texts(asked, reader) == ["Context: the fox\nQuestion: who reads\nAnswer:"]
 
@@ -87,7 +89,7 @@ def test_a_chat_template_words_all_and_the_oldest_give_way(readers, chat):
     kept = [i for i in range(9) if said[i] in text]
     fuller = prepare(chat("talks", *said[kept[0] - 2 :], system="be kind", max_new_tokens=1), reader)
     assert kept == list(range(kept[0], 9)) and kept[0] % 2 == 0 and len(fuller.prompts[0]) > cut.limit - 40
-    whole = prepare(chat("bloom", *said, system="be kind"), Reader(reader.tokenizer, "decoder"))
+    whole = prepare(chat("talks", *said, system="be kind"), Reader(reader.tokenizer, "decoder"))
     assert cut.cut_tokens == whole.tokens - cut.tokens > 0
     assert (cut.counted().cut_tokens, cut.counted().prompt_tokens) == (cut.cut_tokens, cut.tokens)
 

@@ -13,7 +13,12 @@ from babl.errors import UserError
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb; returns 0, 1 where a run failed, or 2 where the input was wrong."""
-    args, rest = _parser().parse_known_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    strange = next((each for each in arguments if any("\ud800" <= c <= "\udfff" for c in each)), None)
+    if strange is not None:  # bytes that are no text stand in an argument as surrogates, which no tokenizer takes
+        print(f"babl: the argument {strange!r} has bytes that are not UTF-8", file=sys.stderr)
+        return 2
+    args, rest = _parser().parse_known_args(arguments)
     if rest and (args.verb not in ("train", "experiment") or any("=" not in each for each in rest)):
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -79,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-source-tokens", type=int, metavar="N", help="longest prompt (default 512, or what fits)")
     sub.add_argument("--stride", type=int, metavar="N", help="tokens neighbouring windows share (default a quarter)")
     sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    _add_chat(sub)
     _add_reading(sub, "strict", "faulty", "impossible", "articles")
     sub.add_argument(
         "--overlong",
@@ -138,12 +144,14 @@ def _parser() -> argparse.ArgumentParser:
     context.add_argument("--context", metavar="TEXT")
     context.add_argument("--context-file", type=Path, metavar="FILE")
     sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    _add_chat(sub)
     _add_device(sub)
     sub.add_argument("--json", action="store_true")
 
     sub = verb("generate", generate, "the raw continuation of a prompt, as it is written")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("prompt", metavar="PROMPT", help="may be empty: a text from nothing")
+    _add_chat(sub)
     _add_sampling(sub, temperature=0.0)
     sub.add_argument("--num-beams", type=int, default=1, metavar="N", help="above 1, beam search")
     sub.add_argument("--length-penalty", type=float, default=1.0, metavar="A", help="of beams (default 1)")
@@ -245,6 +253,11 @@ def _add_sampling(sub: argparse.ArgumentParser, temperature: float) -> None:
     sub.add_argument("--seed", type=int, default=0)
 
 
+def _add_chat(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--chat", action="store_true", help="ask through the model's chat template")
+    sub.add_argument("--system", default="", metavar="TEXT", help="with --chat: the system message")
+
+
 def _add_device(sub: argparse.ArgumentParser) -> None:
     _add_placement(sub)
     _add_kernels(sub)
@@ -291,6 +304,17 @@ def _tell(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+def _engine(args: argparse.Namespace) -> Any:
+    """Returns the engine of the model asked for, and says what of its generation_config.json is not used."""
+    from babl.generation import Engine
+    from babl.generation.published import unused_settings
+
+    engine = Engine.load(args.model, args.device, args.dtype)
+    if unused := unused_settings(args.model):
+        _tell(unused)
+    return engine
+
+
 def _sampling(args: argparse.Namespace, **more: Any) -> Any:
     """Returns the GenerationConfig that the options of `_add_sampling` ask for."""
     from babl.generation import GenerationConfig
@@ -321,7 +345,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from babl.evaluation.predictions import Asking
     from babl.evaluation.runner import evaluate as run
     from babl.evaluation.runner import longest_prompt
-    from babl.generation import Engine
+    from babl.generation.conversation import prompt_style
 
     if args.context not in TEST_ARMS:
         near = did_you_mean(args.context, TEST_ARMS)
@@ -330,7 +354,8 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError(f"--limit is {args.limit}, expected at least 1")
     told: list[str] = []
     examples = load_squad(args.data, _reading(args), told.append)[: args.limit]
-    engine = Engine.load(args.model, args.device, args.dtype)
+    engine = _engine(args)
+    prompt_style(engine, args.chat, args.system)  # before the work, not in the midst of it
     if args.out:  # before the work, not after it
         try:
             args.out.mkdir(parents=True, exist_ok=True)
@@ -340,7 +365,8 @@ def evaluate(args: argparse.Namespace) -> None:
     longest = args.max_source_tokens
     longest = longest_prompt(engine, args.max_new_tokens) if longest is None else longest
     stride = longest // 4 if args.stride is None else args.stride
-    asking = Asking(longest, stride, args.max_new_tokens, no_answer=examples[0].version == "2.0")
+    unanswerable = examples[0].version == "2.0"
+    asking = Asking(longest, stride, args.max_new_tokens, unanswerable, args.chat, args.system)
     result = run(engine, examples, args.context, asking, args.context_seed, Path(args.model), args.out, args.overlong)
     if too_long := result.metrics["overlong"]:
         print(
@@ -417,7 +443,6 @@ def query(args: argparse.Namespace) -> None:
     from babl.data.contexts import View
     from babl.evaluation.predictions import Asking, predict, refuse_overlong
     from babl.evaluation.runner import longest_prompt
-    from babl.generation import Engine
 
     context = args.context
     if args.context_file:
@@ -425,9 +450,9 @@ def query(args: argparse.Namespace) -> None:
             context = args.context_file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--context-file: {args.context_file} cannot be read ({error})") from None
-    engine = Engine.load(args.model, args.device, args.dtype)
+    engine = _engine(args)
     longest = longest_prompt(engine, args.max_new_tokens)
-    asking = Asking(longest, longest // 4, args.max_new_tokens)
+    asking = Asking(longest, longest // 4, args.max_new_tokens, chat=args.chat, system=args.system)
     views = [View("query", args.question, context)]
     refuse_overlong(engine, views, asking)
     (answer,) = predict(engine, views, asking, progress=False)
@@ -442,10 +467,14 @@ def generate(args: argparse.Namespace) -> None:
     """Prints a prompt's continuation as it is written."""
     from dataclasses import asdict
 
-    from babl.generation import Engine
+    from babl.generation.conversation import prompt_style
+    from babl.text.prompts import prompt_ids
 
     config = _sampling(args, num_beams=args.num_beams, length_penalty=args.length_penalty)
-    stream = Engine.load(args.model, args.device, args.dtype).stream(args.prompt, **asdict(config))
+    engine = _engine(args)
+    style = prompt_style(engine, args.chat, args.system)
+    (prompt,) = prompt_ids([args.prompt], engine.tokenizer, style, args.system)
+    stream = engine.stream(prompt, **asdict(config))
     for piece in stream:
         if not args.json:
             print(piece, end="", flush=True)

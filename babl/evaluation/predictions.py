@@ -16,8 +16,9 @@ from babl.data.collate import Prompt, make_prompts
 from babl.data.contexts import View
 from babl.errors import UserError
 from babl.generation import Engine, GenerationConfig
+from babl.generation.conversation import prompt_style
 from babl.generation.sampling import LOOKUP_TOKENS
-from babl.text.prompts import CLEAN_ANSWER_VERSION, clean_answer, qa_target
+from babl.text.prompts import CLEAN_ANSWER_VERSION, clean_answer, prompt_ids, qa_target
 
 CHUNK = 256  # views answered and stored together, always the same ones, so that rounding does not depend on a kill
 DECIDING = ("models", "generation", "text", "data", "ops.py")  # rooms whose code decides an answer
@@ -55,12 +56,16 @@ class Asking:
         stride: Tokens neighbouring windows share.
         max_new_tokens: Most tokens of an answer.
         no_answer: Whether to score, for each question, that it has none.
+        chat: Whether the model's chat template words the prompts, in place of the wording of training.
+        system: The system message such a template is given; empty for none.
     """
 
     max_source_tokens: int = 512
     stride: int = 128
     max_new_tokens: int = 64
     no_answer: bool = False
+    chat: bool = False
+    system: str = ""
 
 
 def refuse_overlong(engine: Engine, views: Sequence[View], asking: Asking) -> None:
@@ -193,14 +198,17 @@ def code_hash(rooms: Sequence[str]) -> str:
 
 
 def _prompts(engine: Engine, views: Sequence[View], asking: Asking) -> tuple[list[Prompt], dict[str, str]]:
-    return make_prompts(views, engine.tokenizer, asking.max_source_tokens, asking.stride, engine.style)
+    style = prompt_style(engine, asking.chat, asking.system)
+    return make_prompts(views, engine.tokenizer, asking.max_source_tokens, asking.stride, style, asking.system)
 
 
 def _chunk(engine: Engine, views: Sequence[View], asking: Asking) -> list[Prediction]:
     prompts, _ = _prompts(engine, views, asking)
     # An answer is a line: what a model goes on to write would cost time, and count in the answer's probability.
     config = GenerationConfig(asking.max_new_tokens, stop_strings=("\n",), prompt_lookup_num_tokens=LOOKUP_TOKENS)
-    answers = engine.answer([prompt.text for prompt in prompts], config)
+    style = prompt_style(engine, asking.chat, asking.system)
+    ids = prompt_ids([prompt.text for prompt in prompts], engine.tokenizer, style, asking.system)
+    answers = engine.answer(ids, config)
     windows = Counter(prompt.view for prompt in prompts)
     best: dict[int, int] = {}  # view -> the prompt whose answer is likeliest
     for i, prompt in enumerate(prompts):
@@ -208,8 +216,7 @@ def _chunk(engine: Engine, views: Sequence[View], asking: Asking) -> list[Predic
             best[prompt.view] = i
     unanswerable: dict[int, float] = {}
     if asking.no_answer:
-        texts = [prompts[i].text for i in best.values()]
-        scores = engine.score(texts, [qa_target(None, engine.style)] * len(texts))
+        scores = engine.score([ids[i] for i in best.values()], [qa_target(None, style)] * len(best))
         unanswerable = {view: math.exp(sum(tokens)) for view, tokens in zip(best, scores, strict=True)}
     predictions = []
     for k, view in enumerate(views):

@@ -353,6 +353,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
         "pad_token": "<pad>",
         "eos_token": "</s>",
         "clean_up_tokenization_spaces": False,
+        "add_prefix_space": True,  # transformers 4 takes it from here, whatever tokenizer.json says
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return load_tokenizer(folder)

@@ -45,7 +45,7 @@ Tree = dict[str, Any]  # of JSON or TOML
 # What decides a result: another version of any of it makes another experiment.
 DECIDING_CODE = (
     "config.py", "data", "distributed", "evaluation/squad.py", "evaluation/predictions.py", "generation", "models",
-    "ops.py", "text", "training",
+    "ops.py", "rng.py", "text", "training",
 )  # fmt: skip
 DECIDING_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "scikit-learn", "scipy")
 

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -86,6 +88,16 @@ def test_other_code_and_other_data_are_another_experiment(tmp_path, run, monkeyp
         freeze(tmp_path / "same", replace(design, test=str(files[0])), run)
     with pytest.raises(UserError, match=r"experiment\.test is 'fictional'"):
         freeze(tmp_path / "mixed", replace(design, test="fictional"), run)
+
+
+def test_all_that_training_imports_decides():
+    """A file that the loop begins to use is part of the plan's hash, or named here as one that decides nothing."""
+    program = "import sys, babl.scripts.train; print(*(m for m in sys.modules if m.startswith('babl.')))"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert "babl.training.loss" in loaded
+    apart = {"babl.errors", "babl.kernels", "babl.scripts", "babl.scripts.train"}
+    decide = {f"babl.{room.removesuffix('.py').replace('/', '.')}" for room in module.DECIDING_CODE}
+    assert [m for m in loaded if not {m, ".".join(m.split(".")[:2])} & (decide | apart)] == []
 
 
 def test_a_plan_changed_by_hand_is_refused(plan):

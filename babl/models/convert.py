@@ -105,6 +105,7 @@ def _make(folder: Path, made: Path, say: Callable[[str], None]) -> None:
     say(_read_apart(folder, made))
     parts = sorted(made.glob("part-*"))
     for number, part in enumerate(parts):
+        part.chmod(made.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read it
         part.rename(made / shard_name(number, len(parts)))
     save_index(made, len(parts))
     try:

@@ -383,13 +383,20 @@ def save_shard(config: Any, tensors: dict[str, Tensor], path: Path) -> list[Path
     state = {keys[name]: tensor.cpu().contiguous() for name, tensor in tensors.items() if name in keys}
     if config.tie_word_embeddings and not config.to_hf()["tie_word_embeddings"] and family.embedding[0] in state:
         state[HEAD] = state[family.embedding[0]].clone()  # for transformers 4, which takes the two for untied
-    save_file(state, path, metadata={"format": "pt"})
+    _write(state, path)
     extra = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if name not in keys}
     if not extra:
         return [path]
     beside = path.with_name(path.name.replace("model", "extra", 1))
-    save_file(extra, beside, metadata={"format": "pt"})
+    _write(extra, beside)
     return [path, beside]
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # as files are here; safetensors lets nobody but the owner read its own
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def save_config(config: Any, dtype: torch.dtype, folder: Path) -> None:
@@ -415,8 +422,7 @@ def save_index(folder: Path, total: int) -> None:
 def describe(folder: Path) -> dict[str, Any]:
     """Returns what a model folder holds and what it takes, without reading its weights.
 
-    Parameters that head and embedding share are counted once, and once more as `shared_parameters`; `cache_per_token`
-    is how many numbers the model remembers of each token.
+    `shared_parameters`, of head and embedding, are among the `parameters` once; `cache_per_token` counts numbers.
 
     Raises:
         UserError: `from_pretrained` would refuse the folder.
@@ -432,17 +438,15 @@ def describe(folder: Path) -> dict[str, Any]:
 def _facts(folder: Path, hf: dict[str, Any]) -> dict[str, Any]:
     with _tensors(folder, hf["model_type"]) as found:
         model = _model_of(folder, hf, found)
-        parts = {name: stored.part() for name, stored in _checked(model, folder, found).items()}
-        layers, heads, width = model.config.cache_shape
-        sizes = {name: math.prod(part.get_shape()) for name, part in parts.items()}
+        parts = [stored.part() for stored in _checked(model, folder, found).values()]
         embedding = next(model.parameters())
         return {
             "family": hf["model_type"],
-            "parameters": sum(sizes.values()),
+            "parameters": sum(math.prod(part.get_shape()) for part in parts),
             "shared_parameters": embedding.numel() if model.config.tie_word_embeddings else 0,
-            "dtypes": ", ".join(sorted({part.get_dtype() for part in parts.values()})),
+            "dtypes": ", ".join(sorted({part.get_dtype() for part in parts})),
             "bytes": sum(path.stat().st_size for path in weight_files(folder)),
             "context": model.context_length,
-            "cache_per_token": 2 * layers * heads * width,
+            "cache_per_token": 2 * math.prod(model.config.cache_shape),
             "tokenizer": next((name for name in TOKENIZER_FILES if (folder / name).is_file()), "none"),
         }

@@ -71,6 +71,8 @@ def test_tied_weights_of_one_pickle_are_written_once_beside_it(capsys, tmp_path)
         "shared.weight"
     }
     assert all(torch.equal(tensor, state[name]) for name, tensor in weights.items())
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
     check("t5", model, tmp_path)
 
 

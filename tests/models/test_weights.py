@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -27,6 +28,16 @@ def refused(folder, message):
     with pytest.raises(UserError, match=message) as error:
         from_pretrained(folder)
     assert "\n" not in str(error.value)
+
+
+def test_whoever_may_read_files_here_may_read_weights(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_pretrained(T5(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1)), tmp_path, 2000)
+    finally:
+        os.umask(before)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
 
 
 def test_a_missing_tensor_is_named(folder):

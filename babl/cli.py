@@ -562,7 +562,8 @@ def models(args: argparse.Namespace) -> None:
     width = max((len(row["model"]) for row in rows), default=0)
     for row in rows:
         told = f"unusable: {row['unusable']}" if "unusable" in row else _describe_row(row)
-        print(f"{row['model']:<{width}}  {told}")
+        line = f"{row['model']:<{width}}  {told}"
+        print(line.encode(errors="backslashreplace").decode())  # a folder's name need not be UTF-8
     if not rows:
         print(f"no model in {args.models}; `babl pull REPO_ID` fetches one", file=sys.stderr)
 

@@ -145,8 +145,7 @@ def blank_model(config: Any) -> Model:
 def _model_of(folder: Path, hf: dict[str, Any], found: dict[str, StoredTensor]) -> Model:
     """Returns the blank model that a folder's config and files are of."""
     config = _config_of(folder, hf, found)
-    layers = config.cache_shape[0]
-    if layers > len(found):  # to build them all would take long
+    if (layers := config.cache_shape[0]) > len(found):  # to build them all would take long
         raise UserError(f"{folder}: config.json says {layers:,} layers, but there are {len(found):,} tensors")
     try:
         return blank_model(config)
@@ -439,11 +438,10 @@ def _facts(folder: Path, hf: dict[str, Any]) -> dict[str, Any]:
     with _tensors(folder, hf["model_type"]) as found:
         model = _model_of(folder, hf, found)
         parts = [stored.part() for stored in _checked(model, folder, found).values()]
-        embedding = next(model.parameters())
         return {
             "family": hf["model_type"],
             "parameters": sum(math.prod(part.get_shape()) for part in parts),
-            "shared_parameters": embedding.numel() if model.config.tie_word_embeddings else 0,
+            "shared_parameters": next(model.parameters()).numel() if model.config.tie_word_embeddings else 0,
             "dtypes": ", ".join(sorted({part.get_dtype() for part in parts})),
             "bytes": sum(path.stat().st_size for path in weight_files(folder)),
             "context": model.context_length,

@@ -8,6 +8,12 @@ const $ = (id) => document.getElementById(id);
 const FAMILIES = { t5: "T5", llama: "LLaMA", bloom: "BLOOM" };
 const STATES = { unloaded: "on disk", loading: "loading…", loaded: "in memory", unusable: "unusable" };
 
+/** Returns what the model takes of the memory, or what it would take and how much is free. */
+function takes(model) {
+  if (model.state === "unloaded" && model.needed) return `needs ${bytes(model.needed)} of ${bytes(model.free)} free`;
+  return model.memory && bytes(model.memory);
+}
+
 export class Models {
   /** @param {(name) => void} chosen Called where the user has chosen another model. */
   constructor(chosen) {
@@ -74,7 +80,7 @@ export class Models {
   #row(model, i) {
     const usable = model.state !== "unusable";
     const facts = usable
-      ? [FAMILIES[model.family] ?? model.family, model.parameters && `${parameters(model.parameters)} parameters`, model.context ? `sees ${plural(model.context, "token")}` : "sees any length", model.memory && bytes(model.memory)]
+      ? [FAMILIES[model.family] ?? model.family, model.parameters && `${parameters(model.parameters)} parameters`, model.context ? `sees ${plural(model.context, "token")}` : "sees any length", takes(model)]
       : [model.reason];
     const pick = () => {
       this.choose(model.name);

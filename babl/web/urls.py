@@ -1,6 +1,6 @@
 """Every address of the server; /healthz and /static/ are answered before Django (`babl.web.asgi`)."""
 
-from django.urls import path
+from django.urls import path, re_path
 
 from babl.web.chat import api, views
 from babl.web.chat.endpoint import endpoint
@@ -47,6 +47,7 @@ urlpatterns = [
     path("v1/chat/completions", api.endpoint(POST=api.chat)),
     path("v1/completions", api.endpoint(POST=api.complete)),
     path("v1/qa", api.endpoint(POST=api.answer)),
+    re_path(r"^v1(?:/.*)?$", api.nowhere),
     path("readyz", api.ready),
     path("metrics", api.metrics),
 ]

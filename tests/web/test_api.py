@@ -59,7 +59,7 @@ def test_mistakes_are_openais(client, server):
         openai.OpenAI(base_url=f"{server.address}/v1", api_key="babl-wrong").models.list()
     with pytest.raises(openai.NotFoundError, match="the model 'gpt' does not exist"):
         client.chat.completions.create(model="gpt", messages=say("x"))
-    for wrong in ({"n": 2}, {"messages": []}, {"messages": [{"role": "assistant", "content": "x"}]}):
+    for wrong in ({"messages": []}, {"messages": [{"role": "assistant", "content": "x"}]}):
         with pytest.raises(openai.BadRequestError):
             client.chat.completions.create(**{"model": "scripted", "messages": say("x")} | wrong)
     with pytest.raises(openai.BadRequestError, match="expected text"):
@@ -92,6 +92,44 @@ def test_a_value_out_of_bounds_is_refused_by_name_and_costs_nobody_anything(serv
     for seed in (-1, 2**63 - 1, -(2**63)):
         client.completions.create(model="scripted", prompt="tokens=1 delay=0 a", seed=seed, extra_body={"top_k": -1})
     assert server.engine().pid == engine
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("echo", True), ("logprobs", 0), ("logprobs", True), ("top_logprobs", 3), ("logit_bias", {"5": -100}),
+        ("presence_penalty", 1.5), ("frequency_penalty", -1), ("best_of", 3), ("n", 2), ("n", 0), ("suffix", "x"),
+        ("response_format", {"type": "json_object"}), ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tool_choice", "required"), ("functions", [{"name": "f"}]), ("reasoning_effort", "high"), ("typical_p", 0.5),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused_by_name(client, name, value):
+    for create, asked in (
+        (client.chat.completions.create, {"messages": say("tokens=1 x")}),
+        (client.completions.create, {"prompt": "tokens=1 x"}),
+    ):
+        with pytest.raises(openai.BadRequestError, match=f"{name} is") as refused:
+            create(model="scripted", **asked, extra_body={name: value})
+        assert (refused.value.param, refused.value.code) == (name, "unsupported_parameter")
+
+
+def test_what_changes_nothing_is_taken(client):
+    neutral = {"n": 1, "echo": False, "logprobs": None, "presence_penalty": 0, "frequency_penalty": 0.0, "tools": [],
+               "tool_choice": "auto", "response_format": {"type": "text"}, "user": "me", "metadata": {"a": "b"},
+               "stream": None, "logit_bias": {}, "stop": None, "seed": None}  # fmt: skip
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "tokens=1 delay=0 hi"}]
+    said = client.chat.completions.create(model="scripted", messages=messages, extra_body=neutral)
+    assert said.choices[0].message.content == "hi"
+    with pytest.raises(openai.BadRequestError, match="a message's role is 'tool', expected one of system, developer"):
+        client.chat.completions.create(model="scripted", messages=[{"role": "tool", "content": "1"}, *messages])
+
+
+@pytest.mark.parametrize("path", ["/v1", "/v1/", "/v1/embeddings", "/v1/completions/", "/v1/chat"])
+def test_an_unknown_address_says_so_as_openai_does(server, path):
+    for method in ("GET", "POST", "DELETE"):
+        response = httpx.request(method, server.address + path, json={})
+        assert response.status_code == 404 and path in response.json()["error"]["message"]
+        assert response.json()["error"].keys() == {"message", "type", "param", "code"}
 
 
 def test_a_question_about_a_context(server, key):

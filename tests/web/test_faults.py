@@ -130,6 +130,41 @@ def test_a_file_that_the_disk_has_no_room_for_leaves_nothing(small_disk, serving
         me.conversation(title="goes on")
 
 
+def test_a_run_of_questions_ends_when_the_disk_fills_and_can_go_on_and_stop(small_disk, serving):
+    with serving(small_disk, {}) as server:
+        me = server.person()
+        asked = [
+            {"id": str(i), "question": f"delay=0.05 {i}", "answers": [{"text": "one", "answer_start": 0}]}
+            for i in range(400)
+        ]
+        file = {"version": "v1", "data": [{"title": "T", "paragraphs": [{"context": "one two three", "qas": asked}]}]}
+        questions = me.call("POST", "/api/sets?name=x", json=file)["id"]
+        run = "/api/runs/" + me.call("POST", f"/api/sets/{questions}/runs", json={"model": "scripted"})["id"]
+        wait_for(lambda: me.call("GET", run)["answered"])
+        with pytest.raises(OSError, match="No space left"), (small_disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(b"x" * 512)
+        wait_for(lambda: "the end of a run could not be stored" in server.log.read_text(), 30)
+        assert me.call("GET", run)["status"] == "running"
+        (small_disk / "filler").unlink()
+        wait_for(lambda: me.call("GET", run)["status"] == "interrupted")
+        assert me.call("POST", f"{run}/resume")["status"] in ("queued", "running")
+        assert me.call("POST", f"{run}/stop")["status"] == "stopped"
+
+
+def test_purging_ends_the_answer_that_is_being_written(own_server):
+    me = own_server.person()
+    id = me.conversation()
+    asked = me.ask(id, "tokens=2000 delay=0.05 x")
+    frames = me.frames(asked["stream"])
+    next(frames)
+    me.call("PATCH", f"/api/conversations/{id}", json={"deleted": True})
+    me.call("DELETE", f"/api/conversations/{id}", 204)
+    assert "done" not in [event for _, event, _ in frames], "the stream has ended"
+    wait_for(lambda: me.call("GET", "/api/status")["engine"]["running"] == 0)
+    assert "Traceback" not in own_server.log.read_text()
+
+
 def test_a_full_disk_is_told_and_loses_nothing_once_there_is_room(small_disk, serving):
     with serving(small_disk, {}) as server:
         me = server.person()

@@ -23,7 +23,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from babl.errors import UserError
 from babl.web.chat import access
-from babl.web.chat.endpoint import Handler, Refusal, decode, refused
+from babl.web.chat.endpoint import Handler, Refusal, S, decode, refused
 from babl.web.chat.hub import hub
 from babl.web.engine.client import EngineError
 from babl.web.engine.protocol import (
@@ -41,6 +41,24 @@ from babl.web.engine.protocol import (
     Settings,
 )
 
+# Parameters of OpenAI's that change what is answered and that this server does not have: only the values, the first of
+# them OpenAI's own default, that change nothing are taken.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("echo", "logprobs"), (False,)),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "top_logprobs"), (0,)),
+    **dict.fromkeys(("n", "best_of"), (1,)),
+    **dict.fromkeys(("tools", "functions"), ([],)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    "suffix": ("",),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
+# Those that change nothing about it.
+IGNORED = frozenset(
+    ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
+)
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 log = logging.getLogger("babl.web")
@@ -58,6 +76,7 @@ class ChatMessage(msgspec.Struct):
 
     role: str
     content: str | list[Part] | None = None
+    tool_calls: list[Any] | None = None
 
 
 class StreamOptions(msgspec.Struct):
@@ -79,14 +98,11 @@ class Sampling(msgspec.Struct, kw_only=True):
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
-    n: int | None = None
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     def settings(self) -> Settings:
         """Returns what the engine is told."""
-        if self.n not in (None, 1):
-            raise UserError(f"n is {self.n}, expected 1")
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         longest = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -158,18 +174,39 @@ async def _owner(request: HttpRequest) -> Any:
 
 def _error_json(refusal: Refusal) -> dict[str, Any]:
     kind = KINDS.get(refusal.status, "invalid_request_error" if refusal.status < 500 else "server_error")
-    return {"error": {"message": refusal.message, "type": kind, "param": None, "code": refusal.code}}
+    return {
+        "error": {"message": refusal.message, "type": kind, "param": refusal.more.get("param"), "code": refusal.code}
+    }
 
 
 def _error(refusal: Refusal) -> JsonResponse:
     return JsonResponse(_error_json(refusal), status=refusal.status, headers=refusal.headers())
 
 
-def _body(request: HttpRequest, kind: type) -> Any:
-    """Returns what was sent, and logs nothing of it."""
+def _body(request: HttpRequest, kind: type[S]) -> S:
+    """Returns what was sent, and logs nothing of it.
+
+    Raises:
+        Refusal: It is too long, or has a parameter that this server does not have.
+        msgspec.DecodeError: It is not what it should be.
+    """
     if len(request.body) > settings.PASSAGE_CHARACTERS * 4 + 2**20:
         raise Refusal(413, "too_long", f"the request has {len(request.body)} bytes")
-    return decode(request.body, kind)
+    sent = decode(request.body, dict[str, Any])
+    for name in sent.keys() - IGNORED - set(kind.__struct_fields__):
+        allowed = NEUTRAL.get(name)
+        if allowed is None:
+            raise _unsupported(name, f"{name} is no parameter of this server")
+        given = sent[name]
+        # 1 and True are equal, but not the same parameter.
+        same = any(value == given and isinstance(value, bool) == isinstance(given, bool) for value in allowed)
+        if given is not None and not same:
+            raise _unsupported(name, f"{name} is not supported, expected {json.dumps(allowed[0])}, or nothing")
+    return msgspec.convert({name: sent[name] for name in sent if name in kind.__struct_fields__}, kind)
+
+
+def _unsupported(name: str, message: str) -> Refusal:
+    return Refusal(400, "unsupported_parameter", message, param=name)
 
 
 async def _models() -> list[ModelState]:
@@ -209,11 +246,18 @@ async def chat(request: HttpRequest) -> Any:
     asked = _body(request, Chat)
     if not asked.messages or asked.messages[-1].role != "user":
         raise UserError("messages must end with one of the user")
-    messages = [Message(each.role, _text(each)) for each in asked.messages]
+    messages = [Message(_role(each), _text(each)) for each in asked.messages]
     engine_request = ChatRequest(
         f"chatcmpl-{uuid4().hex}", asked.model, messages, asked.settings(), asked.context, str(request.user.pk)
     )
     return await _answer(engine_request, asked, "chat.completion")
+
+
+def _role(message: ChatMessage) -> str:
+    if message.role not in ROLES or message.tool_calls:
+        role = message.role if message.role not in ROLES else "assistant with tool_calls"
+        raise _unsupported("messages", f"a message's role is {role!r}, expected one of {', '.join(ROLES)}")
+    return ROLES[message.role]
 
 
 def _text(message: ChatMessage) -> str:
@@ -351,6 +395,13 @@ async def _from(first: Event, rest: AsyncGenerator[Event, None]) -> AsyncGenerat
 
 def _data(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+
+
+@csrf_exempt
+@login_not_required
+async def nowhere(request: HttpRequest) -> JsonResponse:
+    """What every other address under /v1 says."""
+    return _error(Refusal(404, "unknown_url", f"{request.method} {request.path}: there is no such address here"))
 
 
 # For those who run the server

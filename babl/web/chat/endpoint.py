@@ -115,7 +115,7 @@ def body(request: HttpRequest, kind: type[S]) -> S:
     return decode(without_nul(request.body) or b"{}", kind)
 
 
-def decode(data: bytes, kind: type[S]) -> S:
+def decode(data: bytes, kind: type[T]) -> T:
     """Returns what JSON says.
 
     Raises:

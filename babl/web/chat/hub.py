@@ -287,23 +287,31 @@ class Hub:
 
         return await self.lasting(store_and_begin())
 
-    async def stop_set(self, id: UUID) -> bool:
-        """Returns whether the run was on its way; it is now stopped."""
-        task = self._sets.get(id)
-        if task is None:
-            return False
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-        await write(services.change_run, id, Status.STOPPED)
-        return True
+    async def stop_set(self, id: UUID) -> None:
+        """The run is stopped, unless it has ended, and whether or not anybody works on it."""
+        if task := self._sets.get(id):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await write(services.stop_run, id)
 
     async def _answer_set(self, run: Run) -> None:
         try:
             await self._answer_questions(run)
         except Exception:  # a fault of ours must not leave a run that never ends
             log.exception("a run of a question set broke off")
-            await write(services.change_run, run.id, Status.INTERRUPTED)
+            await self._interrupt(run)
+
+    async def _interrupt(self, run: Run) -> None:
+        """That the run broke off is stored, however long that takes where the disk is full."""
+        while True:
+            try:
+                await write(services.change_run, run.id, Status.INTERRUPTED)
+                return
+            except DatabaseError as error:
+                UNSAVED.inc()
+                log.error("the end of a run could not be stored (%s); trying again", type(error).__name__)
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def _answer_questions(self, run: Run) -> None:
         """Asks what has no answer yet, a few at once, and stores the answers as they come."""

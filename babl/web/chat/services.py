@@ -169,8 +169,8 @@ def change_conversation(user: Any, id: UUID, change: ConversationChange) -> Conv
 
 
 @transaction.atomic
-def purge_conversation(user: Any, id: UUID) -> None:
-    """The conversation is gone for good, and with it each passage that nothing else uses.
+def purge_conversation(user: Any, id: UUID) -> list[str]:
+    """Returns the ids of answers that were being written; the conversation is gone, with passages only it has used.
 
     Raises:
         Conflict: It is not in the trash.
@@ -178,7 +178,10 @@ def purge_conversation(user: Any, id: UUID) -> None:
     conversation = selectors.conversation(user, id)
     if conversation.deleted is None:
         raise Conflict("the conversation is not in the trash")
+    live = Generation.objects.filter(message__conversation=conversation, status__in=LIVE)
+    ids = [str(id) for id in live.values_list("message_id", flat=True)]
     _purge([conversation])
+    return ids
 
 
 @transaction.atomic
@@ -434,6 +437,12 @@ def change_run(id: UUID, status: str, answers: Iterable[RunAnswer] = (), **facts
     """The run has this status and these answers more."""
     RunAnswer.objects.bulk_create(answers, ignore_conflicts=True)
     Run.objects.filter(id=id).update(status=status, **facts)
+
+
+@transaction.atomic
+def stop_run(id: UUID) -> None:
+    """The run is stopped, unless it has ended."""
+    Run.objects.filter(id=id, status__in=LIVE).update(status=Status.STOPPED)
 
 
 @transaction.atomic

@@ -20,6 +20,7 @@ from typing import Any
 from uuid import UUID
 
 from asgiref.sync import sync_to_async
+from django.core.exceptions import ObjectDoesNotExist
 from django.db import connections
 
 from babl.web.chat import selectors
@@ -80,7 +81,10 @@ async def answers(user: Any, ids: Sequence[UUID], cursors: list[int]) -> AsyncIt
                 if running.over.is_set():
                     del watched[i]
                     running.watchers.discard(woken)
-                    stored, _ = await _stored(user, ids[i])
+                    try:
+                        stored, _ = await _stored(user, ids[i])
+                    except ObjectDoesNotExist:  # purged meanwhile
+                        continue
                     yield frame("done", {"g": running.id, "message": stored}, _id(cursors))
             if not watched:
                 return

@@ -256,7 +256,8 @@ async def change_conversation(request: HttpRequest, id: UUID) -> dict[str, Any]:
 
 async def purge_conversation(request: HttpRequest, id: UUID) -> HttpResponse:
     """The conversation is gone for good."""
-    await write(services.purge_conversation, request.user, id)
+    for answer in await write(services.purge_conversation, request.user, id):
+        await hub.stop(answer)
     return HttpResponse(status=204)
 
 

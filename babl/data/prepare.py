@@ -54,7 +54,8 @@ def prepare_data(
             "error".
     """
     names = ("train", "validation")
-    views = {name: load_views(cfg, examples) for name, examples in zip(names, sets, strict=True)}
+    built = {name: load_views(cfg, examples) for name, examples in zip(names, sets, strict=True)}
+    views = {name: of for name, (of, _) in built.items()}
     tokenizer, most, stride, style = window
     limit = longest_prompt([*views["train"], *views["validation"]], tokenizer, most, style, context_length)
     if limit < most:
@@ -63,7 +64,10 @@ def prepare_data(
     features = {}
     for name, examples in zip(names, sets, strict=True):
         features[name], losses = make_features(views[name], *window, context_length)
-        counts = f"{len(examples):,} questions, {len(views[name]):,} shown, {len(features[name]):,} examples; {losses}"
+        why = "".join(f", {number:,} not: {reason}" for reason, number in built[name][1].most_common())
+        counts = (
+            f"{len(examples):,} questions, {len(views[name]):,} shown{why}; {len(features[name]):,} examples, {losses}"
+        )
         if losses.overlong and cfg.overlong == "error":
             raise UserError(
                 f"data.{name}: {len(losses.overlong):,} of {len(views[name]):,} questions are too long, and "

@@ -1,5 +1,6 @@
 """Which questions a run trains and validates on."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -78,8 +79,8 @@ def load_sets(
     return train, validation
 
 
-def load_views(cfg: DataConfig, examples: list[Example]) -> list[View]:
-    """Returns what the model is shown of the examples that the arm can be built for.
+def load_views(cfg: DataConfig, examples: list[Example]) -> tuple[list[View], Counter[str]]:
+    """Returns what the model is shown of the examples that the arm can be built for, and how many not, by reason.
 
     Raises:
         UserError: There are none.
@@ -88,4 +89,4 @@ def load_views(cfg: DataConfig, examples: list[Example]) -> list[View]:
     if not views:
         reason = next(iter(missing.values()))
         raise UserError(f'data.context is "{cfg.context}", which can be built for no question: {reason}')
-    return views
+    return views, Counter(missing.values())

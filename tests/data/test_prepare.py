@@ -33,7 +33,7 @@ def test_questions_too_long_are_left_out_of_both_sets_and_told(tokenizer):
     assert [feature.id for feature in found.train] == ["a"] and [feature.id for feature in found.validation] == ["v"]
     assert [line.split(":")[0] for line in said] == ["data.train", "data.validation"]
     for line in said:
-        assert "2 questions, 2 shown, 1 examples" in line and "1 questions too long, first: " in line
+        assert "2 questions, 2 shown; 1 examples, " in line and "1 questions too long, first: " in line
         assert "max_source_tokens is 64, but question long takes" in line
 
 
@@ -62,10 +62,10 @@ def test_no_example_is_longer_than_the_models_context_and_answers_have_room(toke
 def test_a_set_of_which_nothing_is_left_is_refused_with_its_counts(tokenizer):
     long = example("long", question=FILLING * 2)
     with pytest.raises(
-        UserError, match=r"data.validation leaves no example: 1 questions, 1 shown, 0 examples; .*too long"
+        UserError, match=r"data.validation leaves no example: 1 questions, 1 shown; 0 examples, .*too long"
     ):
         prepare(tokenizer, [example("a")], [long])
-    with pytest.raises(UserError, match=r"data.train leaves no example: 1 questions, 1 shown, 0 examples"):
+    with pytest.raises(UserError, match=r"data.train leaves no example: 1 questions, 1 shown; 0 examples"):
         prepare(tokenizer, [long], [example("a")])
 
 
@@ -76,3 +76,15 @@ def test_contexts_are_measured_in_words_of_their_script(tokenizer):
     )
     sizes = dict(zip([feature.id for feature in found.train], found.words, strict=True))
     assert sizes["a"] == 5 and 5 <= sizes["z"] <= 11
+
+
+def test_questions_that_an_arm_cannot_show_are_told_with_the_reason(tokenizer):
+    bare = Example("bare", "bare", "Who came?", "", (Answer("Ann", None),))
+    other = Example("other", "other", "Who came?", "Bob came.", (Answer("Ann", None),))
+    found, said = prepare(tokenizer, [example("a"), bare, other], [example("v")])
+    assert [feature.id for feature in found.train] == ["a"]
+    assert said[0].startswith(
+        "data.train: 3 questions, 1 shown, 1 not: the question has no context, 1 not: the context does not hold the "
+        "answer; 1 examples, "
+    )
+    assert said[1].startswith("data.validation: 1 questions, 1 shown; 1 examples, ")

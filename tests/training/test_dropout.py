@@ -27,7 +27,7 @@ def task(tmp_path_factory):
     train, dev = fictional_examples(0)
     texts = (qa_prompt(e.question, e.context, "t5") for e in train)
     tokenizer = train_tokenizer(texts, 600, tmp_path_factory.mktemp("tokenizer"))
-    sets = (make_features(load_views(DataConfig(), examples), tokenizer, 128, 16)[0] for examples in (train, dev))
+    sets = (make_features(load_views(DataConfig(), examples)[0], tokenizer, 128, 16)[0] for examples in (train, dev))
     return *sets, tokenizer.vocab_size
 
 

@@ -118,8 +118,9 @@ def test_faulty_and_contradictory_records_are_read_on_request(capsys, tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)))
     predictions.write_text(json.dumps({str(i): "d" for i in range(20)}))
     code, out, err = babl(capsys, "score", path, predictions)
-    assert (code, out) == (2, "") and "line 4.answers is missing (null" in err and "--faulty leave-out" in err
-    code, out, _ = babl(capsys, "score", path, predictions, "--faulty", "leave-out")
+    assert (code, out) == (2, "") and "line 4.answers is null; no answer is" in err and "--faulty leave-out" in err
+    code, out, err = babl(capsys, "score", path, predictions, "--faulty", "leave-out")
+    assert err == f"{path}: 19 questions; 1 records left out that cannot be read\n"
     assert code == 0 and json.loads(out) == {"exact_match": 100.0, "f1": 100.0, "total": 19}
 
 

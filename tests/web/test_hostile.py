@@ -14,7 +14,8 @@ FENCES = [
     "scala", "terraform", "systemd", "chapel", "rego", "tads3", "python", "json", "bash",
     "html", "css", "sql", "cpp", "rust", "yaml", "javascript", "go", "c",
 ]  # fmt: skip
-PAYLOADS = [f'```{name}\nextern // "{BACKSLASHES}\n```' for name in FENCES] + [
+PAYLOADS = [f'```{name}\n"{BACKSLASHES}\n```' for name in FENCES] + [
+    f"```tads3\nextern //{BACKSLASHES}\n```",
     "[" * 50_000,
     "[" * 19_999,
     "![" * 9_000,

@@ -1,5 +1,9 @@
 import html.parser
+import json
 import resource
+import signal
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -88,3 +92,11 @@ def test_a_page_of_hostile_texts_ends_few_workers():
     assert render([*texts, "*late*"]) == [None] * 9
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 8, "the CPU seconds of three workers"
     assert render(["*late*"]) == ["<p><em>late</em></p>\n"], "was not held against it"
+
+
+def test_a_regular_expression_that_never_ends_is_ended():
+    """Pygments' Scala lexer matches this exponentially, and holds Python's lock meanwhile."""
+    worker = "from babl.web.chat import markdown; markdown.LANGUAGES.add('scala'); markdown.main()"
+    text = json.dumps('```scala\n"' + "\\" * 40 + "\n```")
+    ended = subprocess.run([sys.executable, "-c", worker], input=text, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == -signal.SIGPROF and ended.stdout == ended.stderr == ""

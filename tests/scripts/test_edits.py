@@ -271,6 +271,29 @@ def this(world):
     yield world
 
 
+def noise_drawn(world, folder, start):
+    """What this rank adds to its gradients in a step of the edit, by backend."""
+    drawn, draw = {}, torch.randn_like
+    for backend in ("ddp", "fsdp"):
+        noises = drawn[backend] = []
+        module = program("config-section", Path(folder) / f"{backend}-{world.rank}")
+        module.world = lambda *_: this(world)
+        torch.randn_like = lambda like, noises=noises: noises.append(draw(like)) or noises[-1]
+        settings = [f"model.path={start}", f"distributed.backend={backend}", "noise.std=0.01", "train.steps=1"]
+        train(module, Path(folder) / backend, *settings)
+        drawn[backend] = torch.cat([noise.flatten() for noise in noises])
+    return drawn
+
+
+@pytest.mark.slow
+def test_noise_is_alike_on_whole_gradients_and_differs_on_shards(run_distributed, tmp_path, start):
+    one, other = run_distributed(noise_drawn, str(tmp_path), str(start))
+    assert torch.equal(one["ddp"], other["ddp"])
+    number = min(map(len, (one["fsdp"], other["fsdp"])))
+    correlation = torch.corrcoef(torch.stack([one["fsdp"][:number], other["fsdp"][:number]]))[0, 1]
+    assert number > 1000 and abs(correlation) < 4 / math.sqrt(number)
+
+
 def trained_everywhere(world, folder, start, backend):
     """Each edit in three steps, and in two and a third after a resume; what was refused, by edit."""
     refused = {}

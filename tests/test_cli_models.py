@@ -63,11 +63,17 @@ def odd(tmp_path_factory):
     (top / "directory" / "config.json").unlink()
     (top / "directory" / "config.json").mkdir()
     shutil.copytree(top / "sound", top / ".pulled.part")
+    (top / "encoder").mkdir()
+    (top / "encoder" / "config.json").write_text(
+        json.dumps({"model_type": "t5", "num_layers": 10**9, "num_decoder_layers": 1})
+    )
+    shutil.copy(top / "sound" / "model.safetensors", top / "encoder")
     shutil.copytree(top / "sound", top / "\udcff")  # a byte that is not UTF-8
     return top
 
 
 SAID = {name: said for name, (_, said) in (CHANGED | WRITTEN).items()} | {"sound": "", "directory": "not valid JSON"}
+SAID["encoder"] = "config.json says 1,000,000,000 layers, but there are 13 tensors"
 SAID |= {"\udcff": "not valid UTF-8"}
 
 

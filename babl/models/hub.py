@@ -100,7 +100,13 @@ class Repository:
         family = FAMILIES[self._config["model_type"]]
         if not any(name.startswith(family.prefix) for name in names):  # of the bare model
             names = {name if name == HEAD else family.prefix + name for name in names}
-        expected = set(family.hf_keys(build_config(self._config, tied=HEAD not in names)).values())
+        config = build_config(self._config, tied=HEAD not in names)
+        layers = max(config.cache_shape[0], getattr(config, "num_layers", 0))
+        if layers > len(names):
+            raise UserError(
+                f"{self._named}: config.json says {layers:,} layers, but {index} names {len(names):,} tensors"
+            )
+        expected = set(family.hf_keys(config).values())
         missing = sorted(expected - names - set(family.embedding))  # any of its names will do
         other = sorted(names - expected - {HEAD, *family.embedding})
         other = [name for name in other if not family.ignored.fullmatch(name)]

@@ -30,7 +30,6 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how the text begins
 # What a folder may hold of the model that was saved into it before.
 REPLACED = ("model*.safetensors", INDEX, "pytorch_model*.bin", PICKLE_INDEX, "generation_config.json")
 
-
 Family = Literal["t5", "llama", "bloom"]  # of which a new model can be made
 
 
@@ -145,7 +144,8 @@ def blank_model(config: Any) -> Model:
 def _model_of(folder: Path, hf: dict[str, Any], found: dict[str, StoredTensor]) -> Model:
     """Returns the blank model that a folder's config and files are of."""
     config = _config_of(folder, hf, found)
-    if (layers := config.cache_shape[0]) > len(found):  # to build them all would take long
+    layers = max(config.cache_shape[0], getattr(config, "num_layers", 0))  # of T5's encoder, too
+    if layers > len(found):  # to build them all would take long
         raise UserError(f"{folder}: config.json says {layers:,} layers, but there are {len(found):,} tensors")
     try:
         return blank_model(config)

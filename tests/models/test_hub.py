@@ -212,6 +212,7 @@ def layouts(tmp_path_factory):
             '"model.norm.weight"', '"model.layers.0.mlp.up_proj.bias": "x.safetensors", "model.norm.weight"'
         )
         | {"x.safetensors": big},
+        "me/deep": shards | {"config.json": json.dumps(config | {"num_hidden_layers": 10**9}).encode()},
         "me/bare": plain,
         "me/adapter": {"adapter_config.json": b"{}", "adapter_model.safetensors": big},
         "me/gguf": {"model-q4.gguf": big},
@@ -370,6 +371,7 @@ REFUSED = {
     "lacking-tensor": "index.json names no model.norm.weight, and so is not that of the model in config.json",
     "packed": "me/packed: model.safetensors.index.json names no model.layers.0.mlp.up_proj.weight",
     "more": "me/more: model.safetensors.index.json names model.layers.0.mlp.up_proj.bias, and so is not that of",
+    "deep": "me/deep: config.json says 1,000,000,000 layers, but model.safetensors.index.json names 21 tensors",
     "bare": "me/bare has no weights on main (expected model.safetensors or model.safetensors.index.json)",
     "adapter": "me/adapter has no config.json: an adapter, which needs the model it was made for",
     "gguf": "me/gguf has no config.json: no model of transformers",

@@ -343,7 +343,17 @@ def save_pretrained(model: Model, folder: str | Path, shard_bytes: int = SHARD_B
         model: Of any family.
         folder: Created where it does not exist.
         shard_bytes: A file of weights is not larger, unless one tensor is; with several there is an index.
+
+    Raises:
+        UserError: The model no longer has all of its parameters, as an engine's on a CPU, which are packed.
     """
+    names = FAMILIES[model.config.model_type].hf_keys(model.config)
+    absent = sorted(set(names) - {name for name, _ in model.named_parameters()})
+    if absent:
+        raise UserError(
+            f"a model without its parameter {absent[0]} cannot be saved; save what from_pretrained returns, not an "
+            "engine's model, whose weights are packed for answering"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]

@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import pytest
 import torch
 
+from babl.errors import UserError
 from babl.generation import Engine, GenerationConfig
 from babl.generation.packed import PackedLinear, pack
-from babl.models import from_pretrained
+from babl.models import from_pretrained, save_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -32,3 +35,11 @@ def test_other_dtypes_stay_as_they_are(reference, dtype):
     model = from_pretrained(reference.name_or_path, dtype)
     pack(model)
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def test_a_packed_model_is_not_saved_over_a_whole_one(packed, reference):
+    folder = Path(reference.name_or_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match=r"a model without its parameter \S+ cannot be saved"):
+        save_pretrained(packed.model, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before

@@ -1,0 +1,101 @@
+"""A real pretrained LLaMA of 135 million parameters with a chat template, beside transformers; and it learns."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from babl.data.squad import load_squad
+from babl.generation import Engine, GenerationConfig
+from babl.text import load_tokenizer
+from babl.text.prompts import chat_ids, prompt_ids, qa_prompt
+
+pytestmark = pytest.mark.real
+ROOT = Path(__file__).parent.parent.parent
+CONFIG = """\
+[model]
+path = "{model}"
+[data]
+train = "{data}"
+max_source_tokens = 128
+stride = 32
+[batch]
+tokens = 512
+[optim]
+lr = 5e-5
+warmup_steps = 2
+[train]
+steps = 20
+precision = "fp32"
+validate_every = 1000
+"""
+SAID = ("What is the capital of Norway?", "Oslo.", " And of\n\nItaly? ", "Rome, the old town.", "Née 日本 😀 <b>?")
+
+
+@pytest.fixture(scope="module")
+def folder(shared):
+    """SmolLM2-135M-Instruct in fp32: what the shared script made in build/ before, or makes there now."""
+    folder = ROOT / "build" / "smollm2-135m-instruct"
+    if not (folder / "tokenizer.json").is_file():
+        script = shared / "checkpoints" / "smollm2" / "get.py"
+        done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"SmolLM2 cannot be had: {done.stderr.strip().splitlines()[-1]}")
+    return folder
+
+
+def test_twelve_ragged_questions_are_answered_as_by_transformers(folder, shared):
+    examples = load_squad(shared / "data" / "squad" / "dev-v1.1-xquad-en.json")[::100][:12]
+    engine = Engine.load(folder, "cpu", "float32")
+    texts = [qa_prompt(example.question, example.context, "decoder") for example in examples]
+    sources = prompt_ids(texts, engine.tokenizer, "decoder")
+    assert len({len(ids) for ids in sources}) > 6
+    answers = engine.answer(texts, GenerationConfig(24, prompt_lookup_num_tokens=6))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for text, ids, answer in zip(texts, sources, answers, strict=True):
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+        with torch.inference_mode():
+            out = reference.generate(
+                torch.tensor([ids]), max_new_tokens=24, do_sample=False, pad_token_id=2,
+                eos_token_id=sorted(engine.tokenizer.stop_ids),
+            )  # fmt: skip
+        assert list(answer.ids) == out[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("turns", [1, 3, 5])
+@pytest.mark.parametrize("system", ["", "Answer in one word."])
+def test_conversations_have_the_ids_that_transformers_gives_them(folder, turns, system):
+    messages = [{"role": "system", "content": system}] if system else []
+    roles = ("user", "assistant", "user", "assistant", "user")
+    messages += [{"role": role, "content": text} for role, text in zip(roles, SAID[:turns], strict=False)]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert chat_ids(messages, load_tokenizer(folder)) == expected
+
+
+def test_twenty_steps_on_real_questions_lower_the_loss(folder, shared, tmp_path):
+    tree = json.loads((shared / "data" / "squad" / "train-v1.1-slice.json").read_text())
+    tree["data"] = tree["data"][:3]
+    for article in tree["data"]:
+        article["paragraphs"] = article["paragraphs"][:12]
+    (tmp_path / "train.json").write_text(json.dumps(tree))
+    (tmp_path / "config.toml").write_text(CONFIG.format(model=folder, data=tmp_path / "train.json"))
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "train.py",
+        tmp_path / "config.toml",
+        f"run.dir={tmp_path}",
+        "run.name=r",
+    ]
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = map(json.loads, (tmp_path / "r" / "metrics.jsonl").read_text().splitlines())
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 20
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), losses

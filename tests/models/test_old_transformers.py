@@ -160,7 +160,7 @@ def test_a_saved_folder_has_the_same_chat_ids_and_greedy_answer(old_python, tmp_
     sizes = {"vocab_size": size, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 1}
     made("LlamaForCausalLM", LLAMA | sizes).save_pretrained(tmp_path / "made")
     engine = Engine.load(tmp_path / "made", "cpu", "float32")
-    save_pretrained(engine.model, tmp_path / "saved")
+    save_pretrained(from_pretrained(tmp_path / "made"), tmp_path / "saved")
     engine.tokenizer.save(tmp_path / "saved")
     said = ("who reads", "the long book ", " in the old  town?", "née", "who?")
     turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 3, said, strict=False)]

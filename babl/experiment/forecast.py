@@ -136,11 +136,12 @@ def _power(plan: Plan) -> Iterator[str]:
     scope = widest_scope(seeds, len(sizes))
     about = "new seeds and new articles" if scope == "seeds and articles" else "new articles alone, for these models"
     yield f"\nsmallest difference in {unit} that {seeds} seed{'s' if seeds > 1 else ''} and {len(sizes)} articles find"
-    yield f"(power .8, level .05, over {about}),"
+    given = f"(power .8, level .05, over {about})"
     if scope == "seeds and articles":
-        yield f"if seeds differ by an SD of {SEED_SD} {unit} in each arm, as published for EM:"
+        given += f",\nif seeds differ by an SD of {SEED_SD} {unit} in each arm, as published for EM"
     if metric == "f1":
-        yield "taking each difference in F1 as all or nothing, so at most:"
+        given += ",\ntaking each difference in F1 as all or nothing, so at most"
+    yield f"{given}:"
     for discordant in DISCORDANT:
         for icc in ICC:
             total = discordant * 100**2  # the variance of a difference that is -100, 0 or 100

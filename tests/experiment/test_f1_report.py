@@ -273,4 +273,5 @@ def test_the_dry_run_says_f1(told):
     experiment, _, _ = told
     lines = list(_power(Plan(experiment.folder, experiment.plan)))
     assert "smallest difference in F1 points that 3 seeds and 15 articles find" in lines[0]
-    assert all(line.endswith("F1 points") for line in lines[-4:]) and "as published for EM" in "".join(lines)
+    assert all(line.endswith("F1 points") for line in lines[-4:]) and "as published for EM,\ntaking each" in lines[-5]
+    assert lines[-5].endswith("so at most:")

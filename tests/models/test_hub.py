@@ -232,7 +232,7 @@ def hub(model, layouts):
     extra = {"README.md": b"#", "pytorch_model.bin": b"pickle", "onnx/model.safetensors": b"x"}
     hub = Hub({"me/tiny": model | extra} | layouts)
     hub.gated = {"me/gated"}
-    thread = threading.Thread(target=hub.serve_forever, daemon=True)
+    thread = threading.Thread(target=hub.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield hub
     hub.shutdown()
@@ -262,14 +262,14 @@ def process(hub, tmp_path, *arguments, **environment):
     return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
 
 
-def test_what_is_pulled_is_a_model_folder_and_nothing_else(hub, model, tmp_path):
+def test_what_is_pulled_is_a_model_folder_and_nothing_else(hub, pull, model, tmp_path):
     result = process(hub, tmp_path, "me/tiny")
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "models/tiny"
     folder = tmp_path / "models" / "tiny"
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == model
     from_pretrained(folder)
-    again = process(hub, tmp_path, "me/tiny")
+    again = pull("me/tiny")
     assert again.returncode == 2 and "models/tiny is there already" in again.stderr
 
 
@@ -420,8 +420,9 @@ def test_a_file_of_another_size_than_announced_is_not_kept(hub, pull, tmp_path):
     assert not (tmp_path / "m").exists()
 
 
-def test_without_a_network_it_says_what_to_do(hub, tmp_path):
-    for environment in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
-        result = process(hub, tmp_path, "me/tiny", "--to", "m", **environment)
+def test_without_a_network_it_says_what_to_do(hub, pull, tmp_path, monkeypatch):
+    offline = process(hub, tmp_path, "me/tiny", "--to", "m", HF_HUB_OFFLINE="1")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    for result in (offline, pull("me/tiny", "--to", "m")):
         assert result.returncode == 2 and "the hub did not give me/tiny" in result.stderr
         assert "or copy a downloaded folder to m" in result.stderr and "Traceback" not in result.stderr

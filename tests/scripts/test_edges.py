@@ -24,7 +24,7 @@ def questions(path, names, context="{} bakes bread."):
     return path
 
 
-def settings(folder, *overrides, train=NAMES, validation=NAMES[:1]):
+def settings(folder, *overrides, train=NAMES, validation=("Nora",)):
     files = [questions(folder / "train.jsonl", train), questions(folder / "validation.jsonl", validation)]
     data = [f"data.{path.stem}={path}" for path in files]
     return [f"run.dir={folder}", "run.name=run", *data, *MODEL, "train.steps=4", "optim.warmup_steps=1", *overrides]

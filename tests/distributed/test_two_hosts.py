@@ -172,12 +172,12 @@ def test_a_link_that_is_cut_for_good_ends_the_run_within_its_bound_and_it_goes_o
 
 
 def test_a_host_whose_launcher_or_rank_is_killed_or_warned_takes_the_other_along(hosts, runs, undisturbed):
-    """One run, four times disturbed: both hosts end, nothing is left running, and it goes on from its checkpoint."""
+    """Two runs, each disturbed twice: both hosts end, nothing is left running, and it goes on from its checkpoint."""
 
-    def disturbed(disturb):
-        begun = runs.last_step("run")
-        processes = hosts.launch_both("run", "train.save_every=1")
-        runs.wait_for(lambda: runs.last_step("run") >= begun + 2, processes[0], 120)
+    def disturbed(name, disturb):
+        begun = runs.last_step(name)
+        processes = hosts.launch_both(name, "train.save_every=1")
+        runs.wait_for(lambda: runs.last_step(name) > begun, processes[0], 120)
         disturb(processes)
         codes, outputs = hosts.finish(processes)
         deadline = time.monotonic() + 60
@@ -186,20 +186,21 @@ def test_a_host_whose_launcher_or_rank_is_killed_or_warned_takes_the_other_along
             time.sleep(0.1)
         return codes, outputs
 
-    codes, outputs = disturbed(lambda both: both[1].send_signal(signal.SIGUSR1))
+    codes, outputs = disturbed("ranks", lambda both: both[1].send_signal(signal.SIGUSR1))
     assert codes == [EXIT_PREEMPTED, EXIT_PREEMPTED], outputs
 
-    codes, outputs = disturbed(lambda both: runs.ranks(both[1])[0].kill())
+    codes, outputs = disturbed("ranks", lambda both: runs.ranks(both[1])[0].kill())
     assert codes == [1, 1], outputs
     assert "launch: rank 1 was killed by SIGKILL" in told(outputs[1])
     assert told(outputs[0])[0].startswith("train: rank 0: another rank is gone (")
 
-    codes, outputs = disturbed(lambda both: both[1].kill())
+    codes, outputs = disturbed("launchers", lambda both: both[1].kill())
     assert codes == [EXIT_PREEMPTED, -signal.SIGKILL], outputs
 
-    codes, outputs = disturbed(lambda both: both[0].kill())
+    codes, outputs = disturbed("launchers", lambda both: both[0].kill())
     assert codes == [-signal.SIGKILL, EXIT_PREEMPTED], outputs
 
-    codes, outputs = hosts.finish(hosts.launch_both("run", "train.save_every=4"))
-    assert codes == [0, 0], outputs
-    assert_as_undisturbed(runs, "run", undisturbed)
+    for name in ("ranks", "launchers"):
+        codes, outputs = hosts.finish(hosts.launch_both(name, "train.save_every=4"))
+        assert codes == [0, 0], outputs
+        assert_as_undisturbed(runs, name, undisturbed)

@@ -92,6 +92,13 @@ def mask_by_hand(splitmix64):
     return mask
 
 
+@pytest.fixture(autouse=True)
+def _denormals():
+    """A training in this process flushes denormals, and leaves the processor so."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def run_distributed():
     """A function that calls `fn(world, *arguments)`, of a test file, in processes of their own, over gloo.

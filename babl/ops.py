@@ -306,7 +306,7 @@ def dropout(x: Tensor, p: float, key: Tensor, site: int) -> Tensor:
 
     Ref: Srivastava et al. 2014, scaled in training; the bits are those of `babl.rng`.
     """
-    return x * rng.kept(x.shape, p, key, site) * (65536 / (65536 - rng.threshold(p)))
+    return (x * rng.kept(x.shape, p, key, site)).mul_(65536 / (65536 - rng.threshold(p)))
 
 
 def dropped(x: Tensor, drop: Drop) -> Tensor:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from babl.data.articles import split_by_article
 from babl.data.squad import load_squad, to_squad
 from babl.errors import UserError
+from babl.files import write_whole
 
 URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset"
 BLOBS = {  # git's id of each file's content, which does not change where it is served from
@@ -70,9 +71,7 @@ def prepare(folder: Path, blobs: dict[str, str], base_url: str, fraction: float,
                 ("train", "validation"), split_by_article(load_squad(file, tell=print), fraction, seed), strict=True
             ):
                 target = file.with_name(f"{file.stem}-{part}.json")
-                aside = target.with_suffix(".part")
-                aside.write_text(json.dumps(to_squad(examples)), encoding="utf-8")
-                aside.rename(target)
+                write_whole(target, json.dumps(to_squad(examples)))
                 print(f"{target}: {len(examples):,} questions of {len({e.title for e in examples})} articles")
 
 

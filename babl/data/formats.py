@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from babl.errors import UserError
+from babl.files import joint_hash
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # of a folder's data files, or these and .gz
 CONTAINERS = ("data", "paragraphs", "qas")  # what a list of questions, or of what holds them, is called
@@ -100,11 +101,7 @@ def data_files(path: str | Path) -> list[Path]:
 
 def data_hash(path: str | Path) -> str:
     """Returns the sha256, in hex, of the data files at a path."""
-    digests = []
-    for file in data_files(path):
-        with file.open("rb") as stream:
-            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return joint_hash(data_files(path))
 
 
 def read_records(path: str | Path) -> Records:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from babl.data.collate import Prompt, make_prompts
 from babl.data.contexts import View
 from babl.errors import UserError
+from babl.files import file_hash
 from babl.generation import Engine, GenerationConfig
 from babl.generation.conversation import prompt_style
 from babl.generation.sampling import LOOKUP_TOKENS
@@ -177,12 +178,6 @@ def answer_key(engine: Engine, folder: Path, views: Sequence[View], asking: Aski
         "code": code_hash(DECIDING),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """Returns the sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def code_hash(rooms: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from babl.evaluation.predictions import (
 )
 from babl.evaluation.squad import question_scores, score
 from babl.evaluation.statistics import estimate_score
+from babl.files import write_whole
 from babl.generation import Engine
 from babl.text import Tokenizer
 from babl.text.normalize import normalize_answer
@@ -52,9 +53,7 @@ class Evaluation:
         files = {name: getattr(self, name) for name in ("predictions", "metrics", "questions", "na_prob")}
         for name, value in files.items():
             if value is not None:
-                aside = folder / f"{name}.json.tmp"
-                aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-                aside.rename(folder / f"{name}.json")
+                write_whole(folder / f"{name}.json", json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def evaluate(

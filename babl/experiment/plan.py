@@ -34,8 +34,9 @@ from babl.data.overlap import find_overlap
 from babl.data.sets import FICTIONAL
 from babl.data.squad import Example, Reading, load_squad, parse_squad, to_squad
 from babl.errors import UserError
-from babl.evaluation.predictions import code_hash, file_hash
+from babl.evaluation.predictions import code_hash
 from babl.experiment.strata import STRATA
+from babl.files import file_hash
 from babl.models.weights import FAMILIES, read_config
 from babl.text import load_tokenizer, train_tokenizer
 from babl.text.prompts import Style, prompt_ids, qa_prompt
@@ -45,7 +46,7 @@ Tree = dict[str, Any]  # of JSON or TOML
 # What decides a result: another version of any of it makes another experiment.
 DECIDING_CODE = (
     "config.py", "data", "distributed", "evaluation/squad.py", "evaluation/predictions.py", "generation", "models",
-    "ops.py", "rng.py", "text", "training",
+    "ops.py", "rng.py", "files.py", "text", "training",
 )  # fmt: skip
 DECIDING_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "scikit-learn", "scipy")
 

@@ -12,10 +12,11 @@ import numpy as np
 from babl.data.contexts import View, see
 from babl.data.squad import Example, load_squad, to_squad
 from babl.errors import UserError
-from babl.evaluation.predictions import file_hash, read_predictions
+from babl.evaluation.predictions import read_predictions
 from babl.evaluation.runner import asked
 from babl.evaluation.squad import QuestionScore, Version, dataset_version, question_scores
 from babl.experiment.plan import load_plan
+from babl.files import file_hash
 
 State = Literal["planned", "failed", "trained", "scored"]
 Metric = Literal["exact", "f1"]

@@ -12,7 +12,6 @@ A stage's file is written aside and renamed, so it is whole or not there. Severa
 see the folder, may run the same experiment: a cell is one's whose lock it is.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -26,10 +25,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import psutil
 import tomli_w
+from filelock import FileLock
 from safetensors import safe_open
 
 from babl.data.contexts import TestArm, View, see
@@ -38,10 +37,11 @@ from babl.data.prepare import context_words
 from babl.data.squad import Example
 from babl.distributed.failure import EXIT_PREEMPTED
 from babl.errors import UserError
-from babl.evaluation.predictions import Asking, Prediction, answer_key, file_hash, predict_into
+from babl.evaluation.predictions import Asking, Prediction, answer_key, predict_into
 from babl.evaluation.runner import asked
 from babl.evaluation.squad import score
 from babl.experiment.plan import Cell, Plan, Tree
+from babl.files import file_hash, write_whole
 from babl.generation import Engine
 
 HEARTBEAT_SECONDS, EXPIRED_SECONDS = 5.0, 60.0
@@ -315,12 +315,7 @@ def read_json(path: Path) -> Tree | None:
 
 def write_json(path: Path, tree: Tree) -> None:
     """The file is whole, on disk, or not there."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(tree, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
+    write_whole(path, json.dumps(tree, indent=1) + "\n")
 
 
 @contextmanager
@@ -372,19 +367,19 @@ class Holder:
 
 def _take(lock: Path, me: Holder) -> None:
     """The lock names this process."""
-    with (lock.parent / ".taking").open("a") as gate:
-        fcntl.lockf(gate, fcntl.LOCK_EX)  # one at a time judges, and takes what is dead
+    gate = lock.parent / ".taking"
+    with FileLock(gate):  # one at a time judges, and takes what is dead
         if lock.exists() and not _is_dead(lock, gate, me.host):
             raise Busy
         write_json(lock, vars(me))
 
 
-def _is_dead(lock: Path, gate: IO[str], host: str) -> bool:
+def _is_dead(lock: Path, gate: Path, host: str) -> bool:
     holder = Holder(**json.loads(lock.read_text(encoding="utf-8")))
     if holder.host == host:
         return not holder.is_alive()
-    os.utime(gate.fileno())  # the file system's clock, which every machine sees
-    return os.fstat(gate.fileno()).st_mtime - lock.stat().st_mtime > EXPIRED_SECONDS
+    os.utime(gate)  # the file system's clock, which every machine sees
+    return gate.stat().st_mtime - lock.stat().st_mtime > EXPIRED_SECONDS
 
 
 def _end_orphans(folder: Path) -> None:

@@ -9,9 +9,10 @@ from babl.data.contexts import Arm, see
 from babl.data.formats import data_hash
 from babl.data.sets import FICTIONAL
 from babl.errors import UserError
-from babl.evaluation.predictions import file_hash, read_predictions
+from babl.evaluation.predictions import read_predictions
 from babl.experiment.plan import Cell, Plan, environment, manifest
 from babl.experiment.run import conditions, read_json, scores_of, weights_hash
+from babl.files import file_hash
 
 
 def mismatches(plan: Plan) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from babl.errors import UserError
+from babl.files import write_whole
 from babl.generation.conversation import Reader, Worded, word_conversation
 from babl.text.prompts import Message
 
@@ -54,9 +55,7 @@ class Session:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = folder / f"{self.id}.json"
-            aside = file.with_suffix(".part")
-            aside.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            aside.replace(file)
+            write_whole(file, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
         except OSError as error:
             raise UserError(f"{folder} cannot be written ({error.strerror}); set BABL_HOME to another folder") from None
         return file

@@ -6,9 +6,7 @@ from it at every world size: optimizer state is stored by parameter name, and wh
 order of examples, dropout and the generators are functions of the seed and the step.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -28,6 +26,7 @@ from tqdm import tqdm
 from babl.distributed.base import Share, Tensors
 from babl.distributed.env import World
 from babl.errors import UserError
+from babl.files import file_hash, sync
 from babl.models.weights import save_config, save_index, save_shard, shard_name, stored_weights
 
 T = TypeVar("T")
@@ -290,7 +289,7 @@ def find_fault(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, expected {size}"
-        if _sha256(path) != digest:
+        if file_hash(path) != digest:
             return f"{name} is not what was written (sha256 differs)"
     return None
 
@@ -325,8 +324,8 @@ def _entries(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """Returns the manifest's entries of these files of the folder, which are on disk."""
     entries = {}
     for path in sorted(paths):
-        _sync(path)
-        entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        sync(path)
+        entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
     return entries
 
 
@@ -334,21 +333,8 @@ def _finish(aside: Path, target: Path, manifest: dict[str, dict[str, Any]]) -> N
     """Writes the manifest of the folder written aside, syncs it, and gives it its name."""
     (aside / MANIFEST).write_text(json.dumps(dict(sorted(manifest.items())), indent=2) + "\n", encoding="utf-8")
     for path in (aside / MANIFEST, *(path for path in aside.rglob("*") if path.is_dir()), aside):
-        _sync(path)
+        sync(path)
     if target.exists():
         shutil.rmtree(target)
     aside.rename(target)
-    _sync(target.parent)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target.parent)

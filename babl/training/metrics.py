@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from babl.errors import UserError
+from babl.files import write_whole
 
 CLOCK_FIELDS = ("tokens_per_second", "peak_memory_bytes")  # all that may differ between two runs of the same thing
 
@@ -94,9 +95,7 @@ def _cut_back(path: Path, last_step: int, say: Callable[[str], None]) -> list[di
     if damaged:
         say(f"{path}: {damaged} of {len(lines)} lines cannot be read, and are left out")
     kept = [(line, values) for line, values in read if values is not None and _logged_before(values, last_step)]
-    aside = path.with_name(".metrics.tmp")
-    aside.write_bytes(b"".join(line for line, _ in kept))
-    aside.rename(path)
+    write_whole(path, b"".join(line for line, _ in kept))
     return [values for _, values in kept]
 
 

@@ -12,11 +12,11 @@ from babl.data.contexts import see
 from babl.data.fictional import chance_exact, fictional_corpus
 from babl.data.overlap import find_overlap
 from babl.data.squad import load_squad, parse_squad, to_squad
-from babl.evaluation.predictions import file_hash
 from babl.evaluation.squad import score
 from babl.experiment.plan import tree_hash
 from babl.experiment.report import write_report
 from babl.experiment.strata import STRATA
+from babl.files import file_hash
 
 MODEL = "tiny-t5"
 ARMS = ("none", "random", "gold")

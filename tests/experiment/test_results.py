@@ -4,8 +4,8 @@ import pytest
 
 from babl.data.contexts import see
 from babl.errors import UserError
-from babl.evaluation.predictions import file_hash
 from babl.experiment.results import read_results
+from babl.files import file_hash
 
 
 def test_what_was_written_is_read_cell_by_cell(finished):

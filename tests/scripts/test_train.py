@@ -249,7 +249,7 @@ def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(tmp_path, monkeyp
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("babl.training.checkpoint._sync", lambda path: full(path) if "000002" in str(path) else None)
+    monkeypatch.setattr("babl.training.checkpoint.sync", lambda path: full(path) if "000002" in str(path) else None)
     with pytest.raises(UserError, match=r"step_000002: cannot be written \(No space left on device\)"):
         train(config)
     checkpoints = tmp_path / "run" / "checkpoints"

@@ -183,7 +183,7 @@ def test_what_the_loop_keeps_of_its_own_may_be_folders_and_is_held_to_the_manife
 def slow_disk(monkeypatch):
     """Syncing waits until the event is set."""
     event = threading.Event()
-    monkeypatch.setattr(checkpoint, "_sync", lambda path: event.wait(30))
+    monkeypatch.setattr(checkpoint, "sync", lambda path: event.wait(30))
     return event
 
 
@@ -216,7 +216,7 @@ def test_in_the_background_an_error_comes_with_the_next_save(tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     checkpoints = Checkpoints(tmp_path, ALONE, 2, 0, background=True)
-    monkeypatch.setattr(checkpoint, "_sync", full)
+    monkeypatch.setattr(checkpoint, "sync", full)
     save(checkpoints, 1)
     with pytest.raises(UserError, match=r"step_000001: cannot be written \(No space left on device\)"):
         save(checkpoints, 2)

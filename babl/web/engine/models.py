@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import hashlib
 import os
 import sys
 import traceback
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from babl.errors import UserError, did_you_mean
-from babl.evaluation.predictions import file_hash
+from babl.files import joint_hash
 from babl.generation import Engine
 from babl.generation.conversation import Reader
 from babl.generation.memory import need
@@ -159,8 +158,7 @@ def _stamps(files: Iterable[Path]) -> dict[Path, tuple[int, int, int] | None]:
 
 def _hash(files: Sequence[Path]) -> str:
     """Returns the prefix of the sha256 of the files' sha256, or of the one file's own."""
-    hashes = [file_hash(path) for path in files]
-    return (hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest())[:DIGITS]
+    return joint_hash(files)[:DIGITS]
 
 
 def give_back_memory() -> None:

@@ -169,3 +169,21 @@ def test_long_lists_and_long_conversations_stay_fast(long_life):
         seen, more = page["messages"] + seen, page["more"]
         query = {"before": seen[0]["id"]}
     assert [m["content"] for m in seen] == [f"line {i}" for i in range(2000)]
+
+
+def test_titles_are_found_whatever_their_case_and_composition(me):
+    for title, query in [("Ölpreis heute", "ölpreis"), ("Cafe\u0301 zu", "CAFÉ"), ("ΣΊΣΥΦΟΣ", "σίσυφος")]:
+        id = me.conversation(title=title)
+        assert id in [row["id"] for row in me.call("GET", "/api/conversations", params={"q": query})["conversations"]]
+
+
+def test_nothing_is_asked_in_a_conversation_that_is_in_the_trash(me):
+    id = me.conversation()
+    answer = me.answer(me.ask(id, "tokens=1 delay=0 once"))
+    me.call("PATCH", f"/api/conversations/{id}", json={"deleted": True})
+    assert "in the trash" in me.ask(id, "tokens=1 twice", 409)["error"]["message"]
+    again = {"client_id": str(uuid.uuid4())}
+    assert "in the trash" in me.call("POST", f"/api/messages/{answer['id']}/again", 409, json=again)["error"]["message"]
+    assert len(me.thread(id)["messages"]) == 2
+    me.call("PATCH", f"/api/conversations/{id}", json={"deleted": False})
+    me.answer(me.ask(id, "tokens=1 delay=0 twice", parent=answer["id"]))

@@ -1,10 +1,11 @@
 """Every read. Each takes the user first and knows nothing of what others own: a foreign id is an unknown id."""
 
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 from uuid import UUID
 
@@ -360,12 +361,13 @@ def search(user: Any, query: str, limit: int = LIST) -> list[dict[str, Any]]:
     if len(words) > WORDS:
         raise UserError(f"the search has {len(words)} words, expected at most {WORDS}")
     mine = Conversation.objects.filter(owner=user, deleted__isnull=True)
-    in_title = mine
-    for word in words:
-        in_title = in_title.filter(title__icontains=word)
+    folded = [_fold(word) for word in words]
+    titles = mine.order_by("-updated").values_list("id", "title").iterator()  # SQLite folds the case of ASCII alone
+    in_title = (id for id, title in titles if all(word in _fold(title) for word in folded))
+    ids = list(islice(in_title, limit))
+    hits = mine.in_bulk(ids)
     found: dict[UUID, dict[str, Any]] = {
-        each.id: conversation_json(each) | {"message": None, "excerpt": each.title}
-        for each in in_title.order_by("-updated")[:limit]
+        id: conversation_json(hits[id]) | {"message": None, "excerpt": hits[id].title} for id in ids
     }
     for hit in _matches(user, words).order_by("-created", "-id")[: 4 * limit]:
         there = found.get(hit.conversation_id)
@@ -375,6 +377,11 @@ def search(user: Any, query: str, limit: int = LIST) -> list[dict[str, Any]]:
         elif there is not None and there["message"] is None:
             there |= facts
     return list(found.values())
+
+
+def _fold(text: str) -> str:
+    """Returns the text as it is compared, whatever its case and however its letters are composed."""
+    return unicodedata.normalize("NFKC", text).casefold()
 
 
 def _matches(user: Any, words: Sequence[str]) -> QuerySet[Message]:

@@ -231,13 +231,15 @@ def ask(user: Any, id: UUID, body: Ask) -> Asked:
 
     Raises:
         Conversation.DoesNotExist, Passage.DoesNotExist: The user has none of that id.
-        Conflict: The parent is no answer of this conversation, or one that is still being written.
+        Conflict: The parent is no answer of this conversation, or one that is still being written; or the conversation
+            is in the trash.
         UserError: A text is too long, or there are too many answers to write.
     """
     conversation = selectors.conversation(user, id)
     there = conversation.messages.select_related("passage").filter(client_id=body.client_id).first()
     if there is not None:
         return Asked(there, list(there.children.select_related("generation").order_by("created", "id")), [])
+    _not_in_trash(conversation)
     if body.parent is not None:
         parent = conversation.messages.filter(id=body.parent, role=Message.Role.ASSISTANT)
         parent = parent.select_related("generation").first()
@@ -272,6 +274,12 @@ def ask(user: Any, id: UUID, body: Ask) -> Asked:
     return Asked(question, answers, [selectors.request(answer.generation) for answer in answers])
 
 
+def _not_in_trash(conversation: Conversation) -> None:
+    """Nothing is written where nobody finds it, and where it is purged in the end."""
+    if conversation.deleted is not None:
+        raise Conflict("the conversation is in the trash; take it back first")
+
+
 def _title(text: str) -> str:
     """Returns the first line, or as many words of it as there is room for."""
     line = " ".join(text.strip().split("\n", 1)[0].split())
@@ -291,7 +299,7 @@ def ask_again(user: Any, id: UUID, body: Again) -> Asked:
 
     Raises:
         Message.DoesNotExist: The user has no such answer.
-        Conflict: That answer is still being written.
+        Conflict: That answer is still being written, or the conversation is in the trash.
     """
     before = selectors.message(user, id)
     if before.role != Message.Role.ASSISTANT:
@@ -300,6 +308,7 @@ def ask_again(user: Any, id: UUID, body: Again) -> Asked:
     there = conversation.messages.select_related("generation").filter(client_id=body.client_id).first()
     if there is not None:
         return Asked(question, [there], [])
+    _not_in_trash(conversation)
     if old.status in LIVE:
         raise Conflict("the answer is still being written")
     answer = Message(conversation=conversation, parent=question, role=Message.Role.ASSISTANT, client_id=body.client_id)

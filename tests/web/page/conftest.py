@@ -36,7 +36,7 @@ class Tab:
 
     def ready(self):
         """The page's modules have run."""
-        self.expect(self.page.locator("#model-name")).not_to_have_text("no model")
+        self.expect(self.page.locator("#model-name")).not_to_have_text("engine is starting")
         return self
 
     def visit(self, path="/"):
@@ -45,7 +45,7 @@ class Tab:
 
     def new(self):
         self.visit()
-        self.page.evaluate("localStorage.removeItem('babl:draft:new')")
+        self.page.evaluate("localStorage.removeItem('babl:draft:1:new')")
         self.visit()
         return self.ready()
 

@@ -169,6 +169,78 @@ def test_what_is_written_survives_until_the_server_has_it_and_is_sent_once(tab):
     assert len(tab.api(f"/api/conversations/{tab.id}")["messages"][0]["siblings"]) == 1
 
 
+def test_a_conversation_deleted_in_another_tab_takes_no_question_and_loses_none(tab, open_tab):
+    tab.ask("tokens=1 first")
+    other = open_tab(beside=tab).visit(f"/c/{tab.id}/").says("Answered")
+    path = f"/api/conversations/{tab.id}"
+    token = tab.page.get_attribute("meta[name=csrf-token]", "content")
+    how = {"headers": {"X-CSRFToken": token}, "data": {"deleted": True}}
+    assert tab.page.request.patch(tab.server.address + path, **how).ok  # as from another browser: no tab is told
+    other.expected = ["409"]
+    other.page.fill("#content", "tokens=1 second")
+    other.page.press("#content", "Enter")
+    other.says("Not sent. What you wrote is still here.")
+    other.expect(other.page.locator("#in-trash")).to_be_visible()
+    assert len(other.api(path)["messages"]) == 2
+    other.page.click("#take-back")
+    other.expect(other.page.locator("#in-trash")).to_be_hidden()
+    other.page.press("#content", "Enter")
+    other.says("Answered")
+    tab.page.click("#conversation-menu")
+    tab.page.click("[role=menuitem]:text-is('Delete')")
+    other.expect(other.page.locator("#in-trash")).to_be_visible()  # this browser's tabs tell each other
+    other.page.fill("#content", "begun here")
+    tab.page.click("[data-list=trash]")
+    tab.page.locator(f"#list li:has(a[href='/c/{other.id}/']) button").click()
+    tab.page.click("[role=menuitem]:text-is('Delete for good')")
+    other.expected.append("404")
+    tab.page.click("#confirm [value=yes]")
+    other.expect(other.page.locator("#welcome")).to_be_visible()
+    other.expect(other.page.locator("#content")).to_have_value("begun here")
+
+
+def test_what_an_input_method_composes_is_not_sent_by_the_key_that_ends_it(tab):
+    page = tab.page
+    page.focus("#content")
+    keyboard = page.context.new_cdp_session(page)
+    keyboard.send("Input.imeSetComposition", {"text": "にほん", "selectionStart": 3, "selectionEnd": 3})
+    key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 229}
+    keyboard.send("Input.dispatchKeyEvent", {"type": "rawKeyDown", **key})
+    # As Safari tells it: the composition is over already, and only the code says that the key belonged to it.
+    page.locator("#content").dispatch_event("keydown", {"key": "Enter", "keyCode": 229})
+    keyboard.send("Input.insertText", {"text": "日本"})
+    tab.expect(page.locator("#content")).to_have_value("日本")
+    assert page.locator(".turn.user").count() == 0
+    page.press("#content", "Enter")
+    tab.says("Answered")
+    assert page.locator(".turn.user .said").all_text_contents() == ["日本"]
+
+
+def test_enter_on_a_phone_is_a_new_line(open_tab):
+    tab = open_tab(has_touch=True, is_mobile=True)
+    tab.page.tap("#content")
+    tab.page.keyboard.type("tokens=2 one")
+    tab.page.keyboard.press("Enter")
+    tab.page.keyboard.type("two")
+    tab.expect(tab.page.locator("#content")).to_have_value("tokens=2 one\ntwo")
+    tab.page.tap("#send")
+    tab.says("Answered")
+    assert tab.answers == ["one two"]
+
+
+def test_a_draft_goes_with_its_user(open_tab):
+    tab = open_tab()
+    tab.expected = ["401"]  # of the login page
+    tab.page.fill("#content", "a secret that is not sent")
+    tab.page.reload()
+    tab.expect(tab.page.locator("#content")).to_have_value("a secret that is not sent")
+    drafts = "Object.keys(localStorage).filter(name => name.startsWith('babl:draft:'))"
+    assert tab.page.evaluate(drafts) == ["babl:draft:1:new"]
+    tab.visit("/settings/").page.click("text=Log out")
+    tab.expect(tab.page.locator("main.login")).to_be_visible()
+    assert tab.page.evaluate(drafts) == []
+
+
 def test_a_question_on_its_way_disturbs_no_other_conversation(tab):
     tab.ask("tokens=1 here")
     here = tab.id

@@ -44,6 +44,7 @@ function render() {
   $("send").hidden = answering;
   $("open-settings").classList.toggle("changed", changed(how()) > 0);
   $("conversation-menu").hidden = !conversation;
+  $("in-trash").hidden = !conversation?.deleted;
   say(summary(state));
 }
 
@@ -80,7 +81,7 @@ async function refresh() {
     dispatch({ type: "snapshot", snapshot });
     follow();
   } catch (error) {
-    if (error.status === 404) return leave();
+    if (error.status === 404) return gone();
     if (error.status === 401) return fail(error);
     say("The connection is lost; trying again", true);
     clearTimeout(retry);
@@ -165,6 +166,16 @@ function leave(push = true) {
   if (push) $("content").focus();
 }
 
+/** The conversation is gone for good; what was being written goes on in a new one. */
+function gone() {
+  const { content } = composer.draft;
+  composer.forget(composer.conversation);
+  leave();
+  if (!content.trim()) return;
+  composer.begin(content);
+  toast("This conversation was deleted for good. What you wrote is still here.");
+}
+
 /** The panel has the passage of the last answer, or the one attached for the next question. */
 async function showPassage() {
   const all = [...answers(state)].filter((answer) => answer.passage);
@@ -191,7 +202,7 @@ async function earlier() {
 
 async function send() {
   if (Object.keys(state.live).length || !composer.draft.content.trim() || sending) return;
-  if (!models.name) return models.open();
+  if (!models.name) return models.known ? models.open() : say("The engine is starting; what you wrote stays here", true);
   const page = opening;
   const { conversation, draft } = composer;
   busy(true);
@@ -216,6 +227,7 @@ async function send() {
     await attempt(took(id));
   } catch (error) {
     fail(error);
+    if (error.status === 409) await refresh(); // another tab has done something with it
     say(`Not ${error.code === "not_saved" ? "saved" : "sent"}. What you wrote is still here.`, true);
   } finally {
     busy(false);
@@ -329,7 +341,7 @@ const models = new Models((model) => {
   composer.count();
   if (state.conversation) attempt(change({ model }));
 });
-const sidebar = new Sidebar({ open, rename, fail, gone: (id) => id === state.conversation?.id && leave(), current: () => state.conversation?.id });
+const sidebar = new Sidebar({ open, rename, fail, changed: (id) => others.postMessage(id), gone: (id) => id === state.conversation?.id && leave(), current: () => state.conversation?.id });
 const composer = new Composer({
   send,
   fail,
@@ -373,6 +385,7 @@ $("scroll").addEventListener("scroll", () => {
   if ($("scroll").scrollTop < 120 && state.more && !loading) (loading = true), earlier().finally(() => (loading = false));
 });
 $("open-settings").addEventListener("click", options);
+$("take-back").addEventListener("click", () => attempt(change({ deleted: false })));
 $("conversation-menu").addEventListener("click", () => menu($("conversation-menu"), sidebar.items(state.conversation)));
 $("welcome-passage").addEventListener("click", () => composer.attach());
 $("welcome-compare").addEventListener("click", () => composer.toggleCompare(true));

@@ -7,7 +7,9 @@ import { newId, plural } from "./text.js";
 
 const $ = (id) => document.getElementById(id);
 const BLANK = { content: "", passage: null, golds: null, models: [], both: false, comparing: false, choosing: false, kind: "", edits: null, parent: undefined };
-const key = (conversation) => `babl:draft:${conversation ?? "new"}`;
+const user = document.querySelector("meta[name=user]").content;
+const key = (conversation) => `babl:draft:${user}:${conversation ?? "new"}`;
+const phone = matchMedia("(hover: none) and (pointer: coarse)"); // its keyboard has no Shift+Enter
 
 export class Composer {
   /**
@@ -21,7 +23,8 @@ export class Composer {
     const changed = () => (this.#read(), this.keep(), this.count());
     for (const id of ["content", "gold", "gold-none", "compare-context", "kind"]) $(id).addEventListener("input", changed);
     $("content").addEventListener("keydown", (event) => {
-      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+      // Safari ends a composition before the key that ends it is told; that key then has the code 229.
+      if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229 || phone.matches) return;
       event.preventDefault();
       this.acts.send();
     });
@@ -66,6 +69,13 @@ export class Composer {
   /** The draft of a conversation is dropped. */
   forget(conversation) {
     localStorage.removeItem(key(conversation));
+  }
+
+  /** This text is in the field, before what was there. */
+  begin(content) {
+    this.draft.content = [content, this.draft.content].filter(Boolean).join("\n");
+    this.#write();
+    this.keep();
   }
 
   /** The server has the question. */

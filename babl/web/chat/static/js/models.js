@@ -19,6 +19,7 @@ export class Models {
   constructor(chosen) {
     this.chosen = chosen;
     this.all = [];
+    this.known = false; // the engine has said which there are
     this.name = "";
     $("model").addEventListener("click", () => this.open());
   }
@@ -33,6 +34,7 @@ export class Models {
   }
 
   #take(models) {
+    this.known = true;
     this.all = models;
     if (!this.name) this.name = [localStorage.getItem("babl:model"), this.usable[0]?.name].find((name) => this.usable.some((model) => model.name === name)) ?? "";
     this.#label();
@@ -46,7 +48,7 @@ export class Models {
   }
 
   #label() {
-    $("model-name").textContent = this.name || "no model";
+    $("model-name").textContent = this.name || (this.known ? "no model" : "engine is starting");
     const model = this.all.find((each) => each.name === this.name);
     $("model").dataset.state = model?.state ?? (this.all.length ? "unusable" : "");
     $("model").title = model ? `${this.name}: ${STATES[model.state]} (m)` : "Choose a model (m)";
@@ -71,7 +73,8 @@ export class Models {
     const loaded = this.all.filter((model) => model.state === "loaded").length;
     $("models-note").textContent = this.all.length
       ? loaded ? `${plural(loaded, "model")} in memory, ${bytes(memory)} together.` : "A model is read into memory when it is first asked."
-      : "No model here yet. `make demo` trains small ones; `babl pull` fetches others.";
+      : !this.known ? "The engine is starting; its models are listed in a moment."
+      : "No model in the folders searched: models/ and runs/, or what --models names, which is the folder around those of the models. `make demo` trains small ones; `babl pull` fetches others.";
     const focused = document.activeElement?.id;
     $("models").replaceChildren(h("ul", { class: "models" }, this.all.map((model, i) => this.#row(model, i))));
     if (focused) $(focused)?.focus();

@@ -62,6 +62,10 @@ $("feedback").addEventListener("submit", async (event) => {
   URL.revokeObjectURL(link.href);
 });
 
+document.querySelector("form[action='/logout/']").addEventListener("submit", () => {
+  for (const name of Object.keys(localStorage)) if (name.startsWith("babl:draft:")) localStorage.removeItem(name);
+});
+
 $("origin").textContent = location.origin;
 fillIcons();
 keys();

@@ -8,7 +8,7 @@ const typing = (element) => element.closest?.("input:not([type=checkbox], [type=
 
 /** Listens for keys: [[key, what it does, act]]. */
 export function listen(keys) {
-  const list = [["Enter", "Send"], ["Shift Enter", "New line"], ["Escape", "Stop the answer, or close what is open"], ...keys];
+  const list = [["Enter", "Send (on a phone: new line)"], ["Shift Enter", "New line"], ["Escape", "Stop the answer, or close what is open"], ...keys];
   $("keys-list").replaceChildren(...list.map(([key, what]) =>
     h("div", {}, h("dt", {}, ...key.split(" ").flatMap((each, i) => [i ? " + " : "", h("kbd", { text: each })])), h("dd", { text: what }))));
   $("keys-on").addEventListener("change", (event) => localStorage.setItem("babl:keys", event.target.checked ? "on" : "off"));

@@ -8,7 +8,7 @@ const $ = (id) => document.getElementById(id);
 const EMPTY = { active: "No conversations yet.", archived: "Nothing is archived.", trash: "The trash is empty." };
 
 export class Sidebar {
-  /** @param {object} acts open(id, message), renamed(conversation), gone(id), current(): id, fail(error) */
+  /** @param {object} acts open(id, message), changed(id), gone(id), current(): id, fail(error) */
   constructor(acts) {
     this.acts = acts;
     this.kind = "active";
@@ -125,9 +125,11 @@ export class Sidebar {
     const said = { archived: ["Archived", "Back from the archive"], deleted: ["Moved to the trash", "Back from the trash"] }[name];
     try {
       await call("PATCH", `/api/conversations/${row.id}`, how);
+      this.acts.changed(row.id);
       if (value) this.acts.gone(row.id);
       toast(said[value ? 0 : 1], async () => {
         await call("PATCH", `/api/conversations/${row.id}`, { [name]: !value }).catch(this.acts.fail);
+        this.acts.changed(row.id);
         await this.refresh();
       });
       await this.refresh();
@@ -140,6 +142,7 @@ export class Sidebar {
     if (!(await confirmed(`“${row.title || "New conversation"}” and its messages will be gone for good.`, "Delete for good"))) return;
     try {
       await call("DELETE", `/api/conversations/${row.id}`);
+      this.acts.changed(row.id);
       this.acts.gone(row.id);
       await this.refresh();
     } catch (error) {

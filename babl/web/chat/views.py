@@ -86,6 +86,8 @@ from babl.web.chat.hub import Running, hub
 from babl.web.engine.protocol import Settings
 from babl.web.middleware import goal, unknown
 
+STREAM = 128  # answers in one stream: those of all tabs of a browser, which share it
+
 
 class NewConversation(services.ConversationChange, forbid_unknown_fields=True):
     """A conversation's first settings, and the id the client gives it."""
@@ -374,8 +376,8 @@ async def forget_judgement(request: HttpRequest, id: UUID) -> HttpResponse:
 async def events(request: HttpRequest) -> StreamingHttpResponse:
     """Answers as they are written."""
     ids = [_uuid(each) for each in request.GET.getlist("g")]
-    if not 1 <= len(ids) <= 2 * services.COLUMNS:
-        raise UserError(f"{len(ids)} answers asked for, expected 1 to {2 * services.COLUMNS}")
+    if not 1 <= len(ids) <= STREAM:
+        raise UserError(f"{len(ids)} answers asked for, expected 1 to {STREAM}")
     user = request.user
     for id in ids:
         await read(selectors.generation, user, id)

@@ -55,6 +55,22 @@ def test_a_reload_and_a_second_tab_show_the_same_running_answer(tab, open_tab):
         assert each.answers == [words]
 
 
+def test_twelve_tabs_of_one_browser_stream_and_stop(tab, open_tab):
+    tabs = [tab, *(open_tab(beside=tab).visit("/").ready() for _ in range(11))]
+    for i, each in enumerate(tabs):
+        each.send(f"tokens=600 delay=0.2 tab{i}")
+    for i, each in enumerate(tabs):
+        each.expect(each.page.locator(".said.live")).to_contain_text(f"tab{i} tab{i} tab{i}")
+    tabs[0].page.keyboard.press("Escape")
+    tabs[0].says("Stopped")
+    tabs[1].page.close()  # the stream belongs to no tab
+    for each in tabs[2:]:
+        words = len(each.page.locator(".said.live").inner_text().split())
+        each.expect(each.page.locator(".said.live")).to_contain_text(re.compile(rf"(\S+\s+){{{words + 2}}}"))
+        each.page.keyboard.press("Escape")
+        each.says("Stopped")
+
+
 def test_an_edit_is_a_branch_and_so_is_another_answer(tab):
     tab.ask("tokens=2 first thought")
     tab.ask("tokens=2 and then")

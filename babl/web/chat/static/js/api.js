@@ -32,8 +32,11 @@ export async function call(method, path, body) {
   throw new Refused(response.status, data.error, data);
 }
 
+const address = new URL("./stream.js", import.meta.url).href;
+const policy = globalThis.trustedTypes?.createPolicy("babl-stream", { createScriptURL: (url) => url });
+
 /**
- * Follows answers until they are done, over any number of connections.
+ * Follows answers until they are done, over the stream that all tabs share.
  *
  * @param {(kind: string, data: object) => void} take Called for `state`, `delta` and `done`.
  * @param {() => void} lost Called where the page has to look again what there is: the server ended, or refused.
@@ -41,46 +44,33 @@ export async function call(method, path, body) {
  */
 export class Stream {
   constructor(take, lost, waiting) {
-    [this.take, this.lost, this.waiting] = [take, lost, waiting];
-    this.ids = "";
+    this.following = false;
+    this.port = this.#port();
+    this.port.onmessage = ({ data: { kind, data } }) => {
+      if (kind === "lost") this.following = false;
+      if (kind === "lost") lost();
+      else if (kind === "waiting") waiting();
+      else take(kind, data);
+    };
+    addEventListener("pagehide", () => this.close()); // nobody else tells the stream that a tab is gone
+    addEventListener("pageshow", (event) => event.persisted && lost());
   }
 
-  /** Follows exactly these: [{id, seen}], with the code points that are known of each. */
-  follow(wanted) {
-    const ids = wanted.map(({ id }) => id).join(" ");
-    if (this.source && ids === this.ids) return;
-    this.close();
-    if (!wanted.length) return;
-    this.ids = ids;
-    const left = new Set(wanted.map(({ id }) => id));
-    const after = wanted.map(({ seen }) => seen).join("-");
-    const source = new EventSource(`/api/events?${wanted.map(({ id }) => `g=${id}`).join("&")}&after=${after}`);
-    this.source = source;
-    for (const kind of ["state", "delta", "done"]) {
-      source.addEventListener(kind, (event) => {
-        const data = JSON.parse(event.data);
-        if (kind === "done") left.delete(data.g);
-        if (!left.size) this.close(); // else the browser would connect again to what has ended
-        this.take(kind, data);
-      });
-    }
-    source.addEventListener("reconnect", () => this.#again(200));
-    source.addEventListener("error", () => {
-      this.waiting();
-      if (source.readyState === EventSource.CLOSED) this.#again(2000);
-    });
+  #port() {
+    if (globalThis.SharedWorker) return new SharedWorker(policy ? policy.createScriptURL(address) : address, { type: "module" }).port;
+    const { port1, port2 } = new MessageChannel();
+    import("./stream.js").then(({ connect }) => connect(port2));
+    return port1;
   }
 
-  #again(milliseconds) {
-    this.close();
-    this.timer = setTimeout(this.lost, milliseconds);
+  /** Follows exactly the answers with these ids; what is known of them is told again. */
+  follow(ids) {
+    this.following = ids.length > 0;
+    this.port.postMessage(ids);
   }
 
   /** Follows nothing any more. */
   close() {
-    clearTimeout(this.timer);
-    this.source?.close();
-    this.source = null;
-    this.ids = "";
+    this.follow([]);
   }
 }

@@ -9,7 +9,7 @@ import { Panel } from "./panel.js";
 import * as shortcuts from "./shortcuts.js";
 import { Sidebar } from "./sidebar.js";
 import { answers, EMPTY, find, isLive, reduce, summary } from "./state.js";
-import { length, newId } from "./text.js";
+import { newId } from "./text.js";
 import { Transcript } from "./transcript.js";
 
 const $ = (id) => document.getElementById(id);
@@ -90,7 +90,7 @@ async function refresh() {
 }
 
 function follow() {
-  stream.follow(Object.keys(state.live).map((id) => ({ id, seen: length(find(state, id)?.content ?? "") })));
+  stream.follow(Object.keys(state.live));
 }
 
 /** Shows a conversation, with this message in sight where one is given. */
@@ -400,7 +400,7 @@ others.addEventListener("message", ({ data }) => {
   sidebar.refresh();
 });
 document.addEventListener("visibilitychange", () => {
-  if (!document.hidden && Object.keys(state.live).length && !stream.source) refresh();
+  if (!document.hidden && Object.keys(state.live).length && !stream.following) refresh();
 });
 shortcuts.listen([
   ["/", "Search", () => (sidebar.toggle(matchMedia("(max-width: 800px)").matches), $("search").focus())],

@@ -25,7 +25,7 @@ def collected(frames):
 
 def test_an_answer_is_streamed_and_then_there(me):
     id = me.conversation()
-    asked = me.ask(id, "tokens=20 delay=0.02 the cat sat")
+    asked = me.ask(id, "tokens=20 delay=0.1 the cat sat")
     frames = list(me.frames(asked["stream"]))
     text, (event, data) = collected(frames)
     assert text == " ".join(itertools.islice(itertools.cycle(["the", "cat", "sat"]), 20))
@@ -34,7 +34,7 @@ def test_an_answer_is_streamed_and_then_there(me):
     answer = me.thread(id)["messages"][1]
     assert answer["content"] == text and answer["tokens"] == 20 and answer["tokens_per_second"] > 1
     assert answer["prompt_tokens"] == 3 and answer["finish"] == "eos" and answer["weights"] == "scripted"
-    assert me.thread(id)["title"] == "tokens=20 delay=0.02 the cat sat"
+    assert me.thread(id)["title"] == "tokens=20 delay=0.1 the cat sat"
     assert collected(me.frames(asked["stream"]))[0] == text, "whoever comes later reads the same"
 
 

@@ -66,9 +66,13 @@ def _chosen(operation: str, x: Tensor, size: int, width: int) -> bool:
     return size >= faster.get(str(_autocast(x)).removeprefix("torch."), {}).get(str(width), math.inf)
 
 
-@torch.compiler.assume_constant_result
 def _gpu(index: int) -> str:
     return torch.cuda.get_device_name(index)
+
+
+# A GPU's name is a constant to torch.compile. torch.compiler.assume_constant_result sets this attribute and nothing
+# else, but imports the compiler for it: two seconds, and in every process.
+_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _autocast(x: Tensor) -> torch.dtype:

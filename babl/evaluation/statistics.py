@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from scipy import optimize, stats
+import scipy
 
 FEWEST_ARTICLES, LARGEST_SHARE = 5, 1 / 3  # beyond these, intervals over articles miss the 95 % they name
 FEWEST_SEEDS, FEWEST_ARTICLES_WITH_SEEDS = 3, 15  # likewise, intervals over seeds and articles
@@ -49,7 +49,7 @@ class Estimate:
         """Returns Student's interval, for differences; it excludes 0 exactly where `p` is below 1 - level."""
         if self.error is None:
             return None
-        reach = float(stats.t.isf((1 - level) / 2, self.df)) * self.error
+        reach = float(scipy.stats.t.isf((1 - level) / 2, self.df)) * self.error
         return self.mean - reach, self.mean + reach
 
     def score_interval(self, level: float = 0.95) -> Interval | None:
@@ -63,7 +63,7 @@ class Estimate:
         """
         if self.error is None:
             return None
-        share, t = self.mean / 100, float(stats.t.isf((1 - level) / 2, self.df))
+        share, t = self.mean / 100, float(scipy.stats.t.isf((1 - level) / 2, self.df))
         spread = share * (1 - share)
         widening = (t * self.error / 100) ** 2 / spread  # t^2 / effective number of questions
         centre = (share + widening / 2) / (1 + widening)
@@ -73,7 +73,7 @@ class Estimate:
     @property
     def p(self) -> float | None:
         """The two-sided p of a mean of 0; None where it cannot be told."""
-        return None if self.error is None else float(2 * stats.t.sf(abs(self.mean) / self.error, self.df))
+        return None if self.error is None else float(2 * scipy.stats.t.sf(abs(self.mean) / self.error, self.df))
 
     def p_equivalent(self, margin: float) -> float | None:
         """Returns `equivalence_test` of the mean; None where it cannot be told."""
@@ -319,7 +319,7 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
         b: (N,), of the same questions.
     """
     wins, losses = int((a > b).sum()), int((a < b).sum())
-    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    return float(scipy.stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
@@ -345,7 +345,7 @@ def equivalence_test(difference: float, standard_error: float, margin: float, df
 
     Ref: Schuirmann 1987.
     """
-    return float(stats.t.sf((margin - abs(difference)) / standard_error, df))
+    return float(scipy.stats.t.sf((margin - abs(difference)) / standard_error, df))
 
 
 def power(effect: float, standard_error: float, level: float = 0.05, df: float = math.inf) -> float:
@@ -371,16 +371,16 @@ def minimal_detectable_effect(
         level: Of the test.
         df: Of the standard error; infinite where it is known.
     """
-    most = 2 * (stats.t.isf(level / 2, df) + stats.t.isf(1 - power, df))  # finds all but a hair
-    return standard_error * float(optimize.brentq(lambda shift: _power(shift, level, df) - power, 0, most))
+    most = 2 * (scipy.stats.t.isf(level / 2, df) + scipy.stats.t.isf(1 - power, df))  # finds all but a hair
+    return standard_error * float(scipy.optimize.brentq(lambda shift: _power(shift, level, df) - power, 0, most))
 
 
 def _power(shift: float, level: float, df: float) -> float:
     """Returns the power against an effect of so many standard errors: t squared is F, z squared is chi squared."""
     shift_squared = max(shift**2, 1e-12)  # scipy's noncentral F is wrong at 0 itself
     if math.isinf(df):
-        return float(stats.ncx2.sf(stats.norm.isf(level / 2) ** 2, 1, shift_squared))
-    return float(stats.ncf.sf(stats.t.isf(level / 2, df) ** 2, 1, df, shift_squared))
+        return float(scipy.stats.ncx2.sf(scipy.stats.norm.isf(level / 2) ** 2, 1, shift_squared))
+    return float(scipy.stats.ncf.sf(scipy.stats.t.isf(level / 2, df) ** 2, 1, df, shift_squared))
 
 
 def _crossed_error(

@@ -38,6 +38,7 @@ def query(args: argparse.Namespace) -> None:
     from babl.data.contexts import View
     from babl.evaluation.predictions import Asking, predict, refuse_overlong
     from babl.evaluation.runner import longest_prompt
+    from babl.text.prompts import system_message
 
     context = args.context
     if args.context_file:
@@ -47,7 +48,7 @@ def query(args: argparse.Namespace) -> None:
             raise UserError(f"--context-file: {args.context_file} cannot be read ({error})") from None
     engine = load_engine(args)
     longest = longest_prompt(engine, args.max_new_tokens)
-    asking = Asking(longest, longest // 4, args.max_new_tokens, chat=args.chat, system=args.system)
+    asking = Asking(longest, longest // 4, args.max_new_tokens, chat=args.chat, before=system_message(args.system))
     views = [View("query", args.question, context)]
     refuse_overlong(engine, views, asking)
     (answer,) = predict(engine, views, asking, progress=False)
@@ -76,12 +77,13 @@ def generate(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from babl.generation.conversation import prompt_style
-    from babl.text.prompts import prompt_ids
+    from babl.text.prompts import prompt_ids, system_message
 
     config = sampling_config(args, num_beams=args.num_beams, length_penalty=args.length_penalty)
     engine = load_engine(args)
-    style = prompt_style(engine, args.chat, args.system)
-    (prompt,) = prompt_ids([args.prompt], engine.tokenizer, style, args.system)
+    told = system_message(args.system)
+    style = prompt_style(engine, args.chat, told)
+    (prompt,) = prompt_ids([args.prompt], engine.tokenizer, style, told)
     stream = engine.stream(prompt, **asdict(config))
     for piece in stream:
         if not args.json:

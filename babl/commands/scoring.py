@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from babl.commands.options import (
     Verbs,
@@ -17,6 +18,11 @@ from babl.commands.options import (
     warn,
 )
 from babl.errors import UserError
+
+if TYPE_CHECKING:
+    from babl.data.squad import Example
+    from babl.evaluation.shots import Shots
+    from babl.generation import Engine
 
 
 def add_evaluate(verbs: Verbs) -> None:
@@ -34,6 +40,9 @@ def add_evaluate(verbs: Verbs) -> None:
     sub.add_argument("--stride", type=int, metavar="N", help="tokens neighbouring windows share (default a quarter)")
     sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     add_chat_template(sub)
+    sub.add_argument("--shots", type=int, default=0, metavar="K", help="worked examples before each question")
+    sub.add_argument("--shots-from", metavar="TRAIN.json", help="where they come from; articles of DATA are left out")
+    sub.add_argument("--shots-seed", type=int, metavar="N", help="draw their articles (default: the first by name)")
     add_reading(sub, "strict", "faulty", "impossible", "articles")
     sub.add_argument(
         "--overlong",
@@ -54,6 +63,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from babl.evaluation.runner import evaluate as run
     from babl.evaluation.runner import longest_prompt
     from babl.generation.conversation import prompt_style
+    from babl.text.prompts import system_message
 
     if args.context not in TEST_ARMS:
         near = did_you_mean(args.context, TEST_ARMS)
@@ -63,7 +73,8 @@ def evaluate(args: argparse.Namespace) -> None:
     told: list[str] = []
     examples = load_squad(args.data, reading_config(args), told.append)[: args.limit]
     engine = load_engine(args)
-    prompt_style(engine, args.chat, args.system)  # before the work, not in the midst of it
+    before = system_message(args.system)
+    prompt_style(engine, args.chat, before)  # before the work, not in the midst of it
     if args.out:  # before the work, not after it
         try:
             args.out.mkdir(parents=True, exist_ok=True)
@@ -74,8 +85,13 @@ def evaluate(args: argparse.Namespace) -> None:
     longest = longest_prompt(engine, args.max_new_tokens) if longest is None else longest
     stride = longest // 4 if args.stride is None else args.stride
     unanswerable = examples[0].version == "2.0"
-    asking = Asking(longest, stride, args.max_new_tokens, unanswerable, args.chat, args.system)
+    shots = _shots(args, engine, examples, longest)
+    if shots:
+        before, longest = shots.before, longest + shots.tokens
+    asking = Asking(longest, stride, args.max_new_tokens, unanswerable, args.chat, before)
     result = run(engine, examples, args.context, asking, args.context_seed, Path(args.model), args.out, args.overlong)
+    if shots:
+        result.metrics |= shots.facts(result.questions)
     if too_long := result.metrics["overlong"]:
         print(
             f"{too_long:,} of {len(result.predictions):,} questions leave no room for their context in {longest} "
@@ -85,6 +101,35 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.out:
         result.save(args.out)
     print_facts(result.metrics, args.json)
+
+
+def _shots(args: argparse.Namespace, engine: "Engine", examples: "list[Example]", longest: int) -> "Shots | None":
+    """Returns the worked examples that are asked for, and says which are not shown; None where none are."""
+    from babl.data.contexts import see
+    from babl.data.squad import load_squad
+    from babl.evaluation.shots import draw_shots, show_shots
+    from babl.generation.conversation import prompt_style
+    from babl.text.prompts import system_message
+
+    if args.shots < 0:
+        raise UserError(f"--shots is {args.shots}, expected 0 or more")
+    if not args.shots:
+        if args.shots_from or args.shots_seed is not None:
+            raise UserError("--shots-from and --shots-seed are for worked examples; say how many with --shots")
+        return None
+    if not args.shots_from:
+        raise UserError("--shots needs the file that the examples come from: --shots-from TRAIN.json")
+    train = load_squad(args.shots_from, reading_config(args), warn)
+    limit = engine.prompt_limit(args.max_new_tokens)
+    room = None if limit is None else limit - longest
+    drawn = draw_shots(train, examples, args.shots, args.shots_seed)
+    views, missing = see(train, args.context, args.context_seed, spans=True)
+    style = prompt_style(engine, args.chat)
+    shots = show_shots(drawn, views, missing, system_message(args.system), engine.tokenizer, style, room)
+    prompt_style(engine, args.chat, shots.before)
+    for line in shots.left_out:
+        warn(f"--shots: {line}")
+    return shots
 
 
 def add_score(verbs: Verbs) -> None:

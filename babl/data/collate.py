@@ -17,7 +17,7 @@ from torch import Tensor
 
 from babl.data.contexts import View
 from babl.text import Tokenizer
-from babl.text.prompts import Style, continuation_ids, prompt_ids, qa_prompt, qa_target
+from babl.text.prompts import Message, Style, continuation_ids, prompt_ids, qa_prompt, qa_target
 from babl.text.segment import line_breaks
 
 IGNORE = -100  # a label that is no target
@@ -90,7 +90,12 @@ class Losses:
 
 
 def make_prompts(
-    views: Sequence[View], tokenizer: Tokenizer, max_tokens: int, stride: int, style: Style = "t5", system: str = ""
+    views: Sequence[View],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    stride: int,
+    style: Style = "t5",
+    before: Sequence[Message] = (),
 ) -> tuple[list[Prompt], dict[str, str]]:
     """Returns one prompt per view, or several windows where its context is too long; and who is too long for that.
 
@@ -100,19 +105,19 @@ def make_prompts(
         max_tokens: Longest prompt in tokens, BOS and EOS included.
         stride: Tokens of the context that neighbouring windows share, at least; a word or so more.
         style: Wording of the prompt.
-        system: The system message, where the style has a place for one.
+        before: As for `prompt_ids`; counts in every prompt.
 
     Returns:
         Prompts in the order of the views, and question id -> reason, for each question that leaves no room for its
         context (less than twice the stride) or is too long by itself; these have no prompt.
     """
     texts = [qa_prompt(view.question, view.context, style) for view in views]
-    long = [i for i, ids in enumerate(prompt_ids(texts, tokenizer, style, system)) if len(ids) > max_tokens]
+    long = [i for i, ids in enumerate(prompt_ids(texts, tokenizer, style, before)) if len(ids) > max_tokens]
     bare = [qa_prompt(views[i].question, None if views[i].context is None else "", style) for i in long]
-    asked = dict(zip(long, map(len, prompt_ids(bare, tokenizer, style, system)), strict=True))
+    asked = dict(zip(long, map(len, prompt_ids(bare, tokenizer, style, before)), strict=True))
     rooms = {i: max_tokens - asked[i] for i in long if views[i].context is not None}
     rooms = {i: room for i, room in rooms.items() if room >= max(2 * stride, 1)}
-    windows = _windows(views, rooms, tokenizer, max_tokens, stride, style, system)
+    windows = _windows(views, rooms, tokenizer, max_tokens, stride, style, before)
     prompts, overlong = [], {}
     for i, (view, text) in enumerate(zip(views, texts, strict=True)):
         if i in windows:
@@ -135,7 +140,7 @@ def _windows(
     max_tokens: int,
     stride: int,
     style: Style,
-    system: str,
+    told: Sequence[Message],
 ) -> dict[int, list[tuple[int, int]]]:
     """Returns the windows of the views in `rooms`, whose values are the tokens that a window of the context may take.
 
@@ -154,7 +159,7 @@ def _windows(
         laid = {i: _lay_out(breaks[contexts[i]], starts[contexts[i]], room, sharing[i]) for i, room in rooms.items()}
         alone = [qa_prompt(views[i].question, contexts[i][start:end], style) for i in laid for start, end in laid[i]]
         shared = [contexts[i][b:c] for i in laid for (_, c), (b, _) in itertools.pairwise(laid[i])]
-        tokens, common = iter(prompt_ids(alone, tokenizer, style, system)), iter(tokenizer.encode_batch(shared))
+        tokens, common = iter(prompt_ids(alone, tokenizer, style, told)), iter(tokenizer.encode_batch(shared))
         again = {}
         for i, spans in laid.items():
             excess = max(len(next(tokens)) for _ in spans) - max_tokens

@@ -19,7 +19,7 @@ from babl.files import file_hash
 from babl.generation import Engine, GenerationConfig
 from babl.generation.conversation import prompt_style
 from babl.generation.sampling import LOOKUP_TOKENS
-from babl.text.prompts import CLEAN_ANSWER_VERSION, clean_answer, prompt_ids, qa_target
+from babl.text.prompts import CLEAN_ANSWER_VERSION, Message, clean_answer, prompt_ids, qa_target
 
 CHUNK = 256  # views answered and stored together, always the same ones, so that rounding does not depend on a kill
 DECIDING = ("models", "generation", "text", "data", "ops.py")  # rooms whose code decides an answer
@@ -58,7 +58,7 @@ class Asking:
         max_new_tokens: Most tokens of an answer.
         no_answer: Whether to score, for each question, that it has none.
         chat: Whether the model's chat template words the prompts, in place of the wording of training.
-        system: The system message such a template is given; empty for none.
+        before: What stands before every question: a system message for such a template, worked examples.
     """
 
     max_source_tokens: int = 512
@@ -66,7 +66,7 @@ class Asking:
     max_new_tokens: int = 64
     no_answer: bool = False
     chat: bool = False
-    system: str = ""
+    before: tuple[Message, ...] = ()
 
 
 def refuse_overlong(engine: Engine, views: Sequence[View], asking: Asking) -> None:
@@ -193,16 +193,16 @@ def code_hash(rooms: Sequence[str]) -> str:
 
 
 def _prompts(engine: Engine, views: Sequence[View], asking: Asking) -> tuple[list[Prompt], dict[str, str]]:
-    style = prompt_style(engine, asking.chat, asking.system)
-    return make_prompts(views, engine.tokenizer, asking.max_source_tokens, asking.stride, style, asking.system)
+    style = prompt_style(engine, asking.chat, asking.before)
+    return make_prompts(views, engine.tokenizer, asking.max_source_tokens, asking.stride, style, asking.before)
 
 
 def _chunk(engine: Engine, views: Sequence[View], asking: Asking) -> list[Prediction]:
     prompts, _ = _prompts(engine, views, asking)
     # An answer is a line: what a model goes on to write would cost time, and count in the answer's probability.
     config = GenerationConfig(asking.max_new_tokens, stop_strings=("\n",), prompt_lookup_num_tokens=LOOKUP_TOKENS)
-    style = prompt_style(engine, asking.chat, asking.system)
-    ids = prompt_ids([prompt.text for prompt in prompts], engine.tokenizer, style, asking.system)
+    style = prompt_style(engine, asking.chat, asking.before)
+    ids = prompt_ids([prompt.text for prompt in prompts], engine.tokenizer, style, asking.before)
     answers = engine.answer(ids, config)
     windows = Counter(prompt.view for prompt in prompts)
     best: dict[int, int] = {}  # view -> the prompt whose answer is likeliest

@@ -13,7 +13,7 @@ from babl.errors import UserError
 from babl.generation.engine import Engine, prompt_limit
 from babl.models.weights import FAMILIES
 from babl.text import Tokenizer, load_tokenizer
-from babl.text.prompts import Message, Style, chat_ids, prompt_ids, qa_prompt
+from babl.text.prompts import Message, Style, chat_ids, prompt_ids, qa_prompt, system_message
 
 MOST_PROMPT = 2048  # tokens, where the architecture has no bound of its own
 MOST_WINDOWS = 256
@@ -69,14 +69,22 @@ class Reader:
         return MOST_PROMPT if self.context is None else self.context - 1
 
 
-def prompt_style(engine: Engine, chat: bool, system: str) -> Style:
+def prompt_style(engine: Engine, chat: bool, before: Sequence[Message] = ()) -> Style:
     """Returns how prompts are worded: as in training, or by the model's chat template where that is asked for.
 
+    Args:
+        engine: Of the model that is asked.
+        chat: Whether its chat template is asked for.
+        before: What stands before each prompt, see `prompt_ids`.
+
     Raises:
-        UserError: There is no chat template where one is asked for, or a system message without one.
+        UserError: There is no chat template where one is asked for, a system message without one, or an example for an
+            encoder-decoder, which reads a single question.
     """
-    if system and not chat:
+    if any(message["role"] == "system" for message in before) and not chat:
         raise UserError("--system is for a model's chat template; ask for it with --chat")
+    if any(message["role"] == "assistant" for message in before) and engine.style == "t5":
+        raise UserError(f"--shots: {engine.name} is a T5, which reads one question; worked examples need a decoder")
     if chat and (engine.style == "t5" or not engine.tokenizer.chat_template):
         raise UserError(f"--chat: {engine.name} has no chat template; leave --chat out")
     return "chat" if chat else engine.style
@@ -139,7 +147,7 @@ def word_conversation(messages: Sequence[Message], context: str | None, reader: 
 def _templated(
     earlier: Sequence[Message], question: str, system: str, context: str | None, reader: Reader, max_new_tokens: int
 ) -> Worded:
-    told = [Message(role="system", content=system)] if system else []
+    told = system_message(system)
     asked = Message(role="user", content=qa_prompt(question, context or None, "chat"))
 
     def read(dropped: int) -> list[int]:

@@ -7,7 +7,7 @@ alone. Decoders read a beginning that several prompts share, such as a paragraph
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,7 @@ from babl.generation.beam import beam_search
 from babl.generation.graph import GraphedStep
 from babl.generation.memory import placement
 from babl.generation.packed import pack
-from babl.generation.reuse import draft, shared_prefixes
+from babl.generation.reuse import common_prefix, draft, read_once, shared_prefixes
 from babl.generation.sampling import GenerationConfig, choose
 from babl.models import from_pretrained
 from babl.models.cache import Cache
@@ -319,6 +319,7 @@ class Engine:
         self.device = next(model.parameters()).device
         self.style: Style = "t5" if model.is_encoder_decoder else "decoder"
         self.hook: Callable[[Tensor], Tensor] | None = None
+        self._begun: tuple[list[int], Cache] | None = None  # what all prompts of `answer` begin with
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto", dtype: str = "auto") -> "Engine":
@@ -378,6 +379,7 @@ class Engine:
                 for _ in self._run([rows[i] for i in batch], cancelled):
                     pass
                 bar.update(len(batch))
+        self._begun = None  # the weights may be others next time
         return [row.answer() for row in rows]
 
     def stream(self, prompt: Prompt, cancelled: Callable[[], bool] | None = None, **settings: object) -> Stream:
@@ -469,7 +471,9 @@ class Engine:
         if self.model.is_encoder_decoder:
             order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         else:
-            groups = sorted(shared_prefixes(prompts), key=lambda g: -max(len(prompts[i]) for i in g[1]))
+            groups = sorted(
+                shared_prefixes(prompts, common_prefix(prompts)), key=lambda g: -max(len(prompts[i]) for i in g[1])
+            )
             order = [i for _, members in groups for i in members]
         batch: list[int] = []
         for i in order:
@@ -545,20 +549,27 @@ class Engine:
 
         A decoder reads each beginning that several prompts share once, then what is each prompt's own.
         """
-        groups = [] if self.model.is_encoder_decoder else shared_prefixes(prompts)
-        if len(groups) == len(prompts) or not groups:
+        if self.model.is_encoder_decoder or len(prompts) == 1:
             return self._prefill(prompts, room)
-        own = {i: prompts[i][length:] for length, members in groups for i in members}
-        width = max(map(len, own.values()))
-        cache, _ = self._prefill([prompts[members[0]][:length] for length, members in groups], width + room)
-        group_of = {i: g for g, (_, members) in enumerate(groups) for i in members}
-        order = range(len(prompts))
-        cache.keep_rows(torch.tensor([group_of[i] for i in order], device=self.device))
-        states = self.model.decode(self._padded([own[i] for i in order]), cache)  # (B, width, C)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        cache.cut(lengths, max(map(len, prompts)))
-        last = torch.tensor([len(own[i]) - 1 for i in order], device=self.device)
+        (before, _), *steps = read_once(prompts)
+        if not steps:
+            return self._prefill(prompts, room)
+        cache = self._beginning(before[0]) if len(before) == 1 else self._prefill(before, 0)[0]
+        for rows, parents in steps:
+            own = [row[len(before[parent]) :] for row, parent in zip(rows, parents, strict=True)]
+            cache.keep_rows(torch.tensor(parents, device=self.device))
+            cache.grow(max(map(len, before)) + max(map(len, own)) + (room if rows is steps[-1][0] else 0))
+            states = self.model.decode(self._padded(own), cache)  # (B, longest of own, C)
+            cache.cut(torch.tensor([len(row) for row in rows], device=self.device), max(map(len, rows)))
+            before = rows
+        last = torch.tensor([len(ids) - 1 for ids in own], device=self.device)
         return cache, states[torch.arange(len(prompts), device=self.device), last]
+
+    def _beginning(self, ids: list[int]) -> Cache:
+        """Returns the cache of what all prompts begin with; batches that begin alike read it once."""
+        if self._begun is None or self._begun[0] != ids:
+            self._begun = ids, self._prefill([ids], 0)[0]
+        return replace(self._begun[1])
 
     def _prefill(self, prompts: list[list[int]], room: int) -> tuple[Cache, Tensor]:
         ids = self._padded(prompts)  # (B, S)

@@ -10,7 +10,7 @@ from pathlib import Path
 from babl.errors import UserError
 from babl.files import write_whole
 from babl.generation.conversation import Reader, Worded, word_conversation
-from babl.text.prompts import Message
+from babl.text.prompts import Message, system_message
 
 
 def conversations() -> Path:
@@ -46,8 +46,8 @@ class Session:
 
     def worded(self, reader: Reader, max_new_tokens: int) -> Worded:
         """Returns what a model reads to answer the last question, see `word_conversation`."""
-        told = [Message(role="system", content=self.system)] if self.system else []
-        return word_conversation([*told, *self.messages], self.context, reader, max_new_tokens)
+        messages = [*system_message(self.system), *self.messages]
+        return word_conversation(messages, self.context, reader, max_new_tokens)
 
     def save(self) -> Path:
         """Returns the file, which has all that was said."""

@@ -87,6 +87,12 @@ class Cache:
         self.cross = [(k[rows], v[rows]) for k, v in self.cross]
         self.cross_bias = None if self.cross_bias is None else self.cross_bias[rows]
 
+    def grow(self, room: int) -> None:
+        """There is space for at least `room` positions."""
+        more = max(0, room - self.room)
+        self.keys = [F.pad(k, (0, 0, 0, more)) for k in self.keys]
+        self.values = [F.pad(v, (0, 0, 0, more)) for v in self.values]
+
     def join(self, other: "Cache", room: int) -> None:
         """The other's rows stand behind this one's; there is space for `room` positions, of which no row has more."""
         if self.cross_bias is not None and other.cross_bias is not None:

@@ -64,7 +64,9 @@ def qa_target(answer: str | None, style: Style = "t5") -> str:
     raise UserError(f"prompt style '{style}': expected 't5', 'decoder' or 'chat'")
 
 
-def prompt_ids(texts: Sequence[str], tokenizer: Tokenizer, style: Style, system: str = "") -> list[list[int]]:
+def prompt_ids(
+    texts: Sequence[str], tokenizer: Tokenizer, style: Style, before: Sequence["Message"] = ()
+) -> list[list[int]]:
     """The ids a model reads for each prompt: EOS behind it for an encoder, BOS, where there is one, before a decoder's.
 
     Training and every way of asking take them from here, so that what is asked begins as what was learned.
@@ -72,14 +74,15 @@ def prompt_ids(texts: Sequence[str], tokenizer: Tokenizer, style: Style, system:
     Args:
         texts: Worded by `qa_prompt`, or a user's own.
         tokenizer: The model's.
-        style: `chat` makes each text a conversation of one message.
-        system: What a chat template is given as the system message; empty for none.
+        style: `chat` makes each text the last message of a conversation.
+        before: What stands before each text: a system message for a chat template, worked examples (`worked_example`)
+            for any decoder, an empty line after each.
     """
     if style == "chat":
-        told = [Message(role="system", content=system)] if system else []
-        return [chat_ids([*told, Message(role="user", content=text)], tokenizer) for text in texts]
-    before, behind = ([], [tokenizer.eos_id]) if style == "t5" else (tokenizer.prefix_ids, [])
-    return [[*before, *ids, *behind] for ids in tokenizer.encode_batch(texts)]
+        return [chat_ids([*before, Message(role="user", content=text)], tokenizer) for text in texts]
+    start, end = ([], [tokenizer.eos_id]) if style == "t5" else (tokenizer.prefix_ids, [])
+    head = "".join(m["content"] if m["role"] == "user" else m["content"] + "\n\n" for m in before)
+    return [[*start, *ids, *end] for ids in tokenizer.encode_batch([head + text for text in texts])]
 
 
 def continuation_ids(texts: Sequence[str], tokenizer: Tokenizer, style: Style) -> list[list[int]]:
@@ -93,6 +96,17 @@ class Message(TypedDict):
 
     role: str
     content: str
+
+
+def system_message(text: str) -> tuple[Message, ...]:
+    """What a chat model is told before a conversation; nothing where the text is empty."""
+    return (Message(role="system", content=text),) if text else ()
+
+
+def worked_example(question: str, context: str | None, answer: str | None, style: Style) -> tuple[Message, Message]:
+    """A question with its answer, None where it has none, as they stand before the question that is asked."""
+    said = Message(role="user", content=qa_prompt(question, context, style))
+    return said, Message(role="assistant", content=qa_target(answer, style))
 
 
 def chat_ids(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:

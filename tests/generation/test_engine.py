@@ -119,6 +119,26 @@ def test_a_shared_paragraph_is_read_once_and_answers_stay_the_same(engine, monke
     assert together == [ids(engine, [prompt], max_new_tokens=10)[0] for prompt in (*questions, *other)]
 
 
+def test_what_all_prompts_begin_with_is_read_once_whatever_the_batches(engine, monkeypatch):
+    if engine.model.is_encoder_decoder:
+        pytest.skip("an encoder reads the whole prompt at once")
+    head = "the small fox reads a long book about old rivers and the town\n\n" * 2
+    paragraphs = ("Context: what the fox asks of the book", "the rivers")
+    questions = ("who", "where", "what", "asks", "reads")
+    prompts = [f"{head}{paragraph}: {question}" for paragraph in paragraphs for question in questions]
+    read, prefill = [], engine.model.prefill
+
+    def counting(ids, mask, room):
+        read.append(int(mask.sum()))
+        return prefill(ids, mask, room)
+
+    config = GenerationConfig(6)
+    alone = [engine.answer([prompt], config)[0].ids for prompt in prompts]
+    monkeypatch.setattr(engine.model, "prefill", counting)
+    assert [answer.ids for answer in engine.answer(prompts, config, batch_tokens=600)] == alone
+    assert len(read) == 1, "of several batches, the first has read what they begin with"
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"temperature": 1.5, "seed": 3}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}]
 )

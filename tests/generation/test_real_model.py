@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from babl.cli import main
 from babl.data.squad import load_squad
 from babl.generation import Engine, GenerationConfig
 from babl.text import load_tokenizer
@@ -99,3 +100,17 @@ def test_twenty_steps_on_real_questions_lower_the_loss(folder, shared, tmp_path)
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 20
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), losses
+
+
+def test_four_examples_tell_the_model_what_is_asked(folder, shared, tmp_path):
+    """Exact match on 60 questions, as other code than ours counted it: 38.3 with the paragraph, 0.0 without."""
+    data = shared / "data" / "squad"
+    examples = ["--shots", "4", "--shots-from", str(data / "train-v1.1-slice.json")]
+    found = {}
+    for arm in ("gold", "none"):
+        options = [*examples, "--context", arm, "--limit", "60", "--max-new-tokens", "24", "--out", str(tmp_path / arm)]
+        assert main(["evaluate", str(folder), str(data / "dev-v1.1-xquad-en.json"), *options]) == 0
+        predictions = json.loads((tmp_path / arm / "predictions.json").read_text())
+        golds = {e.id: [a.text for a in e.answers] for e in load_squad(data / "dev-v1.1-xquad-en.json")[:60]}
+        found[arm] = sum(predictions[qid] in texts for qid, texts in golds.items())
+    assert found == {"gold": 23, "none": 0}

@@ -444,16 +444,21 @@ class Engine:
         if isinstance(prompts, str):
             raise UserError(f"prompts is one text, {prompts[:40]!r}; expected a list of them: [text]")
         encoded = iter(prompt_ids([p for p in prompts if isinstance(p, str)], self.tokenizer, self.style))
-        return [next(encoded) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        found = [next(encoded) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        rows = self.model.config.vocab_size
+        for prompt in found:
+            if not prompt:
+                raise UserError(
+                    f"the prompt is empty, and {self.name} has no token that begins a text; expected a word"
+                )
+            outside = next((token for token in prompt if not 0 <= token < rows), None)
+            if outside is not None:
+                raise UserError(f"the prompt has token id {outside}, expected 0 to {rows - 1}")
+        return found
 
     def _row(self, prompt: list[int], config: GenerationConfig) -> Row:
         limit, at_limit = config.max_new_tokens, "length"
-        context, rows = self.model.context_length, self.model.config.vocab_size
-        if not prompt:
-            raise UserError(f"the prompt is empty, and {self.name} has no token that begins a text; expected a word")
-        outside = next((token for token in prompt if not 0 <= token < rows), None)
-        if outside is not None:
-            raise UserError(f"the prompt has token id {outside}, expected 0 to {rows - 1}")
+        context = self.model.context_length
         if context is not None:
             if len(prompt) >= context:
                 raise UserError(

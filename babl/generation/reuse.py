@@ -25,6 +25,8 @@ def draft(source: Sequence[int], written: Sequence[int], number: int) -> list[in
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Returns how many tokens all prompts begin with; at least the last token of each is its own."""
+    if not prompts:
+        return 0
     first, last = min(prompts, key=list), max(prompts, key=list)  # whatever these share, those between them do
     return _common(first, last, min(map(len, prompts)) - 1)
 

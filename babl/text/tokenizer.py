@@ -73,7 +73,8 @@ class Tokenizer:
         self.bos_id = ids.get("bos")
         self.unk_id = ids.get("unk")
         self.stop_ids = frozenset({self.eos_id, *stops})
-        begins = settings.get("add_bos_token", backend.begins_with is not None)
+        begins = settings.get("add_bos_token")
+        begins = backend.begins_with is not None if begins is None else begins
         self.prefix_ids = [self.bos_id] if begins and self.bos_id is not None else []
         self.chat_template = _chat_template(files, settings)
 
@@ -251,8 +252,10 @@ def _read_backend(
 def _chat_template(files: dict[str, bytes], settings: dict[str, Any]) -> str:
     """Returns the template for plain conversations, which is called "default" where several are listed by name."""
     template = files.get("chat_template.jinja", b"").decode() or settings.get("chat_template")
-    named = {t["name"]: t["template"] for t in template} if isinstance(template, list) else {"default": template}
-    return named.get("default") or ""
+    forms = template if isinstance(template, list) else [{"name": "default", "template": template or ""}]
+    if not all(isinstance(form, dict) and isinstance(form.get("template"), str) for form in forms):
+        raise ValueError(f"chat_template is {str(template)[:40]!r}, expected a text, or a list of them by name")
+    return next((form["template"] for form in forms if form.get("name") == "default"), "")
 
 
 def _spelled_control(folder: Path, files: dict[str, bytes], settings: dict[str, Any]) -> str:

@@ -75,6 +75,12 @@ def test_an_empty_prompt_is_refused_alone_and_in_a_batch_where_nothing_begins_a_
     for prompts in ([""], ["", "who"], [[]]):
         with pytest.raises(UserError, match="the prompt is empty, and the model has no token that begins a text"):
             engine.generate(prompts, max_new_tokens=2)
+        with pytest.raises(UserError, match="the prompt is empty, and the model has no token that begins a text"):
+            engine.score(prompts, ["the fox"] * len(prompts))
+
+
+def test_nothing_asked_is_nothing_answered(engine):
+    assert engine.generate([]) == engine.score([], []) == []
 
 
 @pytest.mark.parametrize("ids", [[5, -1], [5, 10**6]])

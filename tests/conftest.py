@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from filelock import FileLock
 
 if not torch.cuda.is_available():  # kernels are run by triton's interpreter then, as whoever imports triton first says
     os.environ["TRITON_INTERPRET"] = "1"
@@ -22,6 +24,8 @@ from babl.training.metrics import CLOCK_FIELDS
 ROOT = Path(__file__).parent.parent
 TINY = "model.shape={d_model=16, d_kv=8, d_ff=32, num_heads=2, num_layers=1, num_decoder_layers=1, dropout_rate=0.2}"
 STEP = "            step += 1\n"
+# An older transformers; requests is what its huggingface_hub needs and ours does not.
+OLD_PACKAGES = ("transformers==4.57.6", "tokenizers==0.22.1", "huggingface_hub==0.36.0")
 EXPERIMENT = """
 [run]
 name = "tiny"
@@ -261,3 +265,29 @@ def experiment_config():
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def old_python():
+    """A Python with transformers 4.57.6 and this one's torch; built once, and kept in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "babl-tests"
+    folder = cache / OLD_PACKAGES[0].replace("==", "-")
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "whole").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            _build_old_python(folder)
+    return folder / "bin" / "python"
+
+
+def _build_old_python(folder):
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    for packages in (["--no-deps", *OLD_PACKAGES], ["requests"]):  # what these need beside is here already
+        done = subprocess.run([*pip, *packages], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"{OLD_PACKAGES[0]} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
+    (own,) = folder.glob("lib/python*/site-packages")
+    here = [path for path in sys.path if path.endswith("site-packages")]
+    (own / "torch_of_the_tests.pth").write_text("\n".join(here) + "\n")  # these come after the folder's own packages
+    (folder / "whole").touch()

@@ -1,16 +1,11 @@
 """Folders that Babl saves are the same models to transformers 4.57, which runs in a virtual environment of its own."""
 
 import json
-import os
-import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from filelock import FileLock
 
 from babl.generation import Engine
 from babl.models import from_pretrained, save_pretrained
@@ -19,8 +14,6 @@ from babl.text.prompts import chat_ids
 
 pytestmark = pytest.mark.slow
 
-# requests is what this huggingface_hub needs and ours does not.
-PACKAGES = ("transformers==4.57.6", "tokenizers==0.22.1", "huggingface_hub==0.36.0")
 VOCABULARY = 90
 T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 6, "d_ff": 40, "num_layers": 3, "num_decoder_layers": 2}
 T5 |= {"num_heads": 4, "decoder_start_token_id": 0}
@@ -76,32 +69,6 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-
-
-@pytest.fixture(scope="module")
-def old_python():
-    """A Python with transformers 4.57.6 and this one's torch; built once, and kept in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "babl-tests"
-    folder = cache / PACKAGES[0].replace("==", "-")
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "whole").is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-            _build(folder)
-    return folder / "bin" / "python"
-
-
-def _build(folder):
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    for packages in (["--no-deps", *PACKAGES], ["requests"]):  # what these need beside is here already
-        done = subprocess.run([*pip, *packages], capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"{PACKAGES[0]} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
-    (own,) = folder.glob("lib/python*/site-packages")
-    here = [path for path in sys.path if path.endswith("site-packages")]
-    (own / "torch_of_the_tests.pth").write_text("\n".join(here) + "\n")  # these come after the folder's own packages
-    (folder / "whole").touch()
 
 
 def made(kind, settings):

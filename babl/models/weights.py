@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from babl.errors import UserError, did_you_mean
 from babl.models import bloom, llama, t5
 from babl.models.layers import Model
-from babl.text.tokenizer import TOKENIZER_FILES
+from babl.text.tokenizer import tokenizer_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -456,5 +456,5 @@ def _facts(folder: Path, hf: dict[str, Any]) -> dict[str, Any]:
             "bytes": sum(path.stat().st_size for path in weight_files(folder)),
             "context": model.context_length,
             "cache_per_token": 2 * math.prod(model.config.cache_shape),
-            "tokenizer": next((name for name in TOKENIZER_FILES if (folder / name).is_file()), "none"),
+            "tokenizer": tokenizer_file(folder) or "none",
         }

@@ -1,4 +1,4 @@
-"""The two libraries behind a tokenizer: `tokenizers` for tokenizer.json, `sentencepiece` for its own models."""
+"""What is behind a tokenizer: `tokenizers` for tokenizer.json, `sentencepiece` for its own models, bytes for ByT5."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ _BRACKETED = re.compile(r"<\S+>|\[\S+\]")  # as control tokens are written, and 
 
 
 class Backend(Protocol):
-    """What the two libraries are reduced to."""
+    """What each of them is reduced to."""
 
     vocab_size: int
     special: frozenset[int]  # ids that stand for no text
@@ -186,6 +186,47 @@ class SentencePieceBackend:
             return self._added[token]
         id = self._processor.piece_to_id(token)  # the id of <unk> for what it does not know
         return id if self._processor.id_to_piece(id) == token else None
+
+
+class ByteBackend:
+    """ByT5's tokens: three that are control, the 256 bytes of UTF-8, and sentinels, of which the first comes first.
+
+    Ref: Xue et al. 2021, section 3.1; transformers' ByT5Tokenizer.
+    """
+
+    prefixes_space = spaces_after_control = False
+    begins_with: int | None = None
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.own_ids = {"pad": 0, "eos": 1, "unk": 2}
+        self.control = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+        self._bytes = len(self.control)
+        described = {int(id): token for id, token in settings.get("added_tokens_decoder", {}).items()}
+        self.strips = {token["content"]: (token.get("lstrip"), token.get("rstrip")) for token in described.values()}
+        size, sentinels = self._bytes + 256, settings.get("extra_ids", 125)
+        self.words = {f"<extra_id_{n}>": size + n for n in range(sentinels)}  # 0 where transformers 5 describes each
+        self.words |= {token["content"]: id for id, token in described.items() if id >= size}
+        self.vocab_size = 1 + max(size - 1, *self.words.values())
+        self.special = frozenset([*self.control.values(), *self.words.values()])
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:  # noqa: D102
+        return [[self._bytes + byte for byte in text.encode()] for text in texts]
+
+    def encode_with_control(self, text: str) -> None:  # noqa: D102
+        return None
+
+    def token_starts(self, texts: Sequence[str]) -> list[list[int]]:  # noqa: D102
+        return [[at for at, char in enumerate(text) for _ in char.encode()] for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids that stand for text; bytes that are no UTF-8 are left out, as transformers does."""
+        return bytes(id - self._bytes for id in ids).decode(errors="ignore")
+
+    def token_to_id(self, token: str) -> int | None:  # noqa: D102
+        known = self.control | self.words
+        if token not in known and len(token) == 1 and ord(token) < 256:
+            return self._bytes + ord(token)
+        return known.get(token)
 
 
 def _byte_text(pieces: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
 """Text to ids and back: `tokenizer.json` and SentencePiece models behind one face.
 
 A folder holds `tokenizer.json` (any family), `spiece.model` (T5) or `tokenizer.model` (LLaMA 1 and 2); the
-first of these that is there is read. The ids of pad, eos, bos and unk come, each on its own, from the first
-of these that names it:
+first of these that is there is read. ByT5 has none of them: its tokens are bytes, as its settings say. The ids
+of pad, eos, bos and unk come, each on its own, from the first of these that names it:
 
 1. `pad_token`, `eos_token`, ... in tokenizer_config.json
 2. the same keys in special_tokens_map.json
@@ -30,11 +30,13 @@ from typing import Any
 import tokenizers
 
 from babl.errors import UserError
-from babl.text.backends import NAMES, Backend, JsonBackend, SentencePieceBackend
+from babl.text.backends import NAMES, Backend, ByteBackend, JsonBackend, SentencePieceBackend
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
+SETTINGS = "tokenizer_config.json"
+BYTES = "ByT5Tokenizer"  # the class that the settings name where tokens are bytes
 SIDE_FILES = (
-    "tokenizer_config.json",
+    SETTINGS,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
@@ -227,10 +229,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     files = {
         name: (folder / name).read_bytes() for name in (*TOKENIZER_FILES, *SIDE_FILES) if (folder / name).is_file()
     }
-    name = next((name for name in TOKENIZER_FILES if name in files), None)
+    name = tokenizer_file(folder)
     if name is None:
         raise UserError(f"{folder}: no tokenizer here (expected one of {', '.join(TOKENIZER_FILES)})")
-    settings = _read_settings(folder / "tokenizer_config.json")
+    settings = _read_settings(folder / SETTINGS)
     beside = _read_settings(folder / "added_tokens.json")
     try:
         backend = _read_backend(name, files[name], settings, beside, _spelled_control(folder, files, settings))
@@ -239,11 +241,19 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return Tokenizer(backend, files, _special_ids(folder, backend), _stop_ids(folder), settings)
 
 
+def tokenizer_file(folder: Path) -> str | None:
+    """Returns the name of the file that a folder's tokenizer is read from; None where there is no tokenizer."""
+    found = next((name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
+    return SETTINGS if found is None and _read_settings(folder / SETTINGS).get("tokenizer_class") == BYTES else found
+
+
 def _read_backend(
     name: str, content: bytes, settings: dict[str, Any], beside: dict[str, int], spelled_in: str
 ) -> Backend:
     if name == "tokenizer.json":
         return JsonBackend(content, spelled_in)
+    if name == SETTINGS:
+        return ByteBackend(settings)
     # A folder that says nothing is one of the released T5's, which have a hundred.
     extra_ids = settings.get("extra_ids", 100 if name == "spiece.model" else 0)
     return SentencePieceBackend(content, settings | {"extra_ids": extra_ids}, beside, spelled_in)
@@ -284,7 +294,7 @@ def _special_ids(folder: Path, backend: Backend) -> dict[str, int]:
         id = id[0] if isinstance(id, list) and id else id
         if isinstance(id, int) and id >= 0:  # old configs write -1 for none
             ids[name] = id
-    for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+    for file in (folder / "special_tokens_map.json", folder / SETTINGS):
         settings = _read_settings(file)
         for name in NAMES:
             token = settings.get(f"{name}_token")
@@ -358,5 +368,5 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
         "clean_up_tokenization_spaces": False,
         "add_prefix_space": True,  # transformers 4 takes it from here, whatever tokenizer.json says
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return load_tokenizer(folder)

@@ -17,7 +17,7 @@ from babl.generation import Engine
 from babl.generation.conversation import Reader
 from babl.generation.memory import need
 from babl.models.weights import describe, weight_files
-from babl.text.tokenizer import TOKENIZER_FILES
+from babl.text.tokenizer import tokenizer_file
 from babl.web.engine.protocol import ModelState
 
 PATTERNS = ("*", "**/model-*", "**/checkpoints/latest")  # pulled or copied models, then what `demo` and `train` leave
@@ -134,7 +134,7 @@ def load_model(name: str, folders: Sequence[Path], device: str, dtype: str) -> L
         )
     reader = read_reader(name, folders)
     files = weight_files(folder)
-    tokenizer_files = [path for name in TOKENIZER_FILES if (path := folder / name).is_file()]
+    tokenizer_files = [folder / name for name in (tokenizer_file(folder),) if name]
     stamps = _stamps([*files, *tokenizer_files])
     weights, tokenizer = _hash(files), _hash(tokenizer_files)
     loaded = Loaded(Engine.load(folder, device, dtype), reader, weights, tokenizer, state.memory)

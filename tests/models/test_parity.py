@@ -117,7 +117,7 @@ def write(name, folder):
     """The folder has the variant as transformers writes it, with values of which none can be mistaken for another."""
     family, settings = VARIANTS[name]
     size = write_tokenizer(name, folder)
-    torch.manual_seed(4)
+    torch.manual_seed(6)  # where no two tokens are so nearly alike that rounding chooses
     kind = model_class(family)
     model = kind(kind.config_class(vocab_size=size, **settings))
     with torch.no_grad():

@@ -9,6 +9,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from babl.errors import UserError
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how the text begins that Git has in place of a large file
+
 
 def write_whole(target: Path, content: str | bytes) -> None:
     """Replaces a file's content, on disk and in one step: a crash leaves the old content or the new.
@@ -49,3 +53,17 @@ def joint_hash(paths: Iterable[Path]) -> str:
     """Returns the sha256, in hex, of the files' own in this order; of one file it is that file's."""
     digests = [file_hash(path) for path in paths]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def refuse_pointer(path: Path) -> None:
+    """The file is itself, not what Git has in its place.
+
+    Raises:
+        UserError: It is a pointer to the file, which Git LFS has not fetched.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(
+                    f"{path} is a pointer to the file, not the file; `git lfs pull` in its folder fetches it"
+                )

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from babl.errors import UserError
+from babl.files import refuse_pointer
 from babl.models.hub import COMPANIONS
 from babl.models.weights import (
     FAMILIES,
@@ -38,7 +39,6 @@ from babl.models.weights import (
     describe,
     listed_files,
     read_config,
-    refuse_pointer,
     save_index,
     shard_name,
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from babl.errors import UserError, did_you_mean
+from babl.files import refuse_pointer
 from babl.models import bloom, llama, t5
 from babl.models.layers import Model
 from babl.text.tokenizer import tokenizer_file
@@ -26,7 +27,6 @@ HEAD = "lm_head.weight"  # of every family
 SHARD_BYTES = 5 << 30  # of a weight file: what the hub stores and fetches well
 EXTRA = "extra*.safetensors"  # parameters that the family does not have, by their names here
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how the text begins that Git has in place of a large file
 # What a folder may hold of the model that was saved into it before.
 REPLACED = ("model*.safetensors", INDEX, "pytorch_model*.bin", PICKLE_INDEX, "generation_config.json")
 
@@ -276,20 +276,6 @@ def _open(path: Path) -> Any:
     except (SafetensorError, OSError) as error:
         refuse_pointer(path)
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-
-
-def refuse_pointer(path: Path) -> None:
-    """The file is itself, not what Git has in its place.
-
-    Raises:
-        UserError: It is a pointer to the file, which Git LFS has not fetched.
-    """
-    if path.is_file():
-        with path.open("rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise UserError(
-                    f"{path} is a pointer to the file, not the file; `git lfs pull` in its folder fetches it"
-                )
 
 
 def shard_names(index: str, where: str, ending: str) -> list[str]:

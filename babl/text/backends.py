@@ -52,10 +52,12 @@ class Backend(Protocol):
 class JsonBackend:
     """A `tokenizer.json`, without the truncation and padding that may be baked into it."""
 
-    def __init__(self, content: bytes, spelled_in: str) -> None:
-        self._content = content
+    def __init__(self, content: bytes, settings: dict[str, Any], spelled_in: str) -> None:
         spec = json.loads(content)
-        model, added = spec["model"], spec["added_tokens"]
+        model = spec["model"]
+        unigram = isinstance(model["vocab"], list)  # the oldest files do not name their type
+        spec["added_tokens"] = added = spec["added_tokens"] + _declared(spec, settings)
+        self._content = json.dumps(spec)
         # Chat models exist whose turns begin and end with tokens that nobody has flagged.
         spelled = {token["id"] for token in added if _spells(spelled_in, token["content"])}
         self.special = frozenset(token["id"] for token in added if token["special"]) | spelled
@@ -63,7 +65,7 @@ class JsonBackend:
         self.words = {token: id for token, id in self._added.items() if _SENTINEL.fullmatch(token)}
         self.control = {t: id for t, id in self._added.items() if id in self.special and t not in self.words}
         self.strips = {token["content"]: (token["lstrip"], token["rstrip"]) for token in added}
-        if model["type"] == "Unigram":
+        if unigram:
             # To a unigram model special tokens are pieces like any other, so text could spell them. A piece
             # with a space cannot be spelled: the pre-tokenizer has split at every space or replaced it.
             inside = [token for token in added if token["special"] and token["id"] < len(model["vocab"])]
@@ -71,7 +73,7 @@ class JsonBackend:
                 model["vocab"][token["id"]][0] = f" {token['content']}"
             added = [token for token in added if token not in inside]
         spec["added_tokens"] = [token for token in added if token["special"] or token["id"] not in spelled]
-        unk = model.get("unk_id") if model["type"] == "Unigram" else self._added.get(model.get("unk_token"))
+        unk = model.get("unk_id") if unigram else self._added.get(model.get("unk_token"))
         self.own_ids = {} if unk is None else {"unk": unk}
 
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
@@ -79,15 +81,15 @@ class JsonBackend:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # that is: as the text they are written with
         self.vocab_size = 1 + max(max(self._tokenizer.get_vocab().values()), *self._added.values(), 0)
-        first = self._tokenizer.encode("a", add_special_tokens=False).tokens[0]
-        self.prefixes_space = first.startswith((_SPACE, _BYTE_SPACE))
-        first_id = self._tokenizer.encode("a", add_special_tokens=True).ids[0]
-        self.begins_with = first_id if first_id in self.special else None
+        tokens = self._tokenizer.encode("a", add_special_tokens=False).tokens  # none where the vocabulary has no "a"
+        self.prefixes_space = any(token.startswith((_SPACE, _BYTE_SPACE)) for token in tokens[:1])
+        ids = self._tokenizer.encode("a", add_special_tokens=True).ids
+        self.begins_with = next((id for id in ids[:1] if id in self.special), None)
 
     @cached_property
     def _published(self) -> tokenizers.Tokenizer:
         """The tokenizer as it is in the file, to which control tokens in a text are control."""
-        published = tokenizers.Tokenizer.from_str(self._content.decode())
+        published = tokenizers.Tokenizer.from_str(self._content)
         published.no_truncation()
         published.no_padding()
         return published
@@ -95,8 +97,8 @@ class JsonBackend:
     @cached_property
     def spaces_after_control(self) -> bool:  # noqa: D102
         token = next(iter(self.control), "")
-        after = self._published.encode(f"{token}a", add_special_tokens=False).tokens[-1]
-        return self.prefixes_space and after.startswith((_SPACE, _BYTE_SPACE))
+        after = self._published.encode(f"{token}a", add_special_tokens=False).tokens
+        return self.prefixes_space and after[-1].startswith((_SPACE, _BYTE_SPACE))
 
     def encode_with_control(self, text: str) -> list[int]:
         """Returns the ids of a text whose control tokens are control."""
@@ -114,6 +116,26 @@ class JsonBackend:
 
     def token_to_id(self, token: str) -> int | None:  # noqa: D102
         return self._added[token] if token in self._added else self._tokenizer.token_to_id(token)
+
+
+def _declared(spec: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the tokens that the settings add to those of a tokenizer.json, with the ids transformers gives them.
+
+    Those are the next ones, whatever the settings say, unless the vocabulary has the token already.
+    """
+    known = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    vocabulary = spec["model"]["vocab"]
+    pieces = {p: id for id, (p, _) in enumerate(vocabulary)} if isinstance(vocabulary, list) else vocabulary
+    free = 1 + max([*pieces.values(), *known.values()], default=-1)
+    declared = []
+    for _, token in sorted(settings.get("added_tokens_decoder", {}).items(), key=lambda pair: int(pair[0])):
+        if token["content"] not in known:
+            id = pieces.get(token["content"], free)
+            free = max(free, id + 1)
+            flags = {name: token.get(name, False) for name in ("special", "single_word", "lstrip", "rstrip")}
+            normalized = token.get("normalized", not flags["special"])
+            declared.append(flags | {"id": id, "content": token["content"], "normalized": normalized})
+    return declared
 
 
 class SentencePieceBackend:

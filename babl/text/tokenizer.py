@@ -30,6 +30,7 @@ from typing import Any
 import tokenizers
 
 from babl.errors import UserError
+from babl.files import refuse_pointer
 from babl.text.backends import NAMES, Backend, ByteBackend, JsonBackend, SentencePieceBackend
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
@@ -234,6 +235,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise UserError(f"{folder}: no tokenizer here (expected one of {', '.join(TOKENIZER_FILES)})")
     settings = _read_settings(folder / SETTINGS)
     beside = _read_settings(folder / "added_tokens.json")
+    refuse_pointer(folder / name)
     try:
         backend = _read_backend(name, files[name], settings, beside, _spelled_control(folder, files, settings))
     except Exception as error:  # the libraries raise nothing narrower
@@ -251,7 +253,7 @@ def _read_backend(
     name: str, content: bytes, settings: dict[str, Any], beside: dict[str, int], spelled_in: str
 ) -> Backend:
     if name == "tokenizer.json":
-        return JsonBackend(content, spelled_in)
+        return JsonBackend(content, settings, spelled_in)
     if name == SETTINGS:
         return ByteBackend(settings)
     # A folder that says nothing is one of the released T5's, which have a hundred.

@@ -35,12 +35,13 @@ from babl.text.backends import NAMES, Backend, ByteBackend, JsonBackend, Sentenc
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
 SETTINGS = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
 BYTES = "ByT5Tokenizer"  # the class that the settings name where tokens are bytes
 SIDE_FILES = (
     SETTINGS,
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    TEMPLATE,
     "generation_config.json",
 )
 
@@ -62,7 +63,13 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: Backend, files: dict[str, bytes], ids: dict[str, int], stops: set[int], settings: dict[str, Any]
+        self,
+        backend: Backend,
+        files: dict[str, bytes],
+        ids: dict[str, int],
+        stops: set[int],
+        begins: bool | None,
+        chat_template: str,
     ) -> None:
         self._backend = backend
         self._files = files  # held, so that a checkpoint is whole even when the folder has gone meanwhile
@@ -76,10 +83,9 @@ class Tokenizer:
         self.bos_id = ids.get("bos")
         self.unk_id = ids.get("unk")
         self.stop_ids = frozenset({self.eos_id, *stops})
-        begins = settings.get("add_bos_token")
         begins = backend.begins_with is not None if begins is None else begins
         self.prefix_ids = [self.bos_id] if begins and self.bos_id is not None else []
-        self.chat_template = _chat_template(files, settings)
+        self.chat_template = chat_template
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text that stands alone; no BOS or EOS, no truncation."""
@@ -234,19 +240,26 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if name is None:
         raise UserError(f"{folder}: no tokenizer here (expected one of {', '.join(TOKENIZER_FILES)})")
     settings = _read_settings(folder / SETTINGS)
+    if name == SETTINGS and settings.get("tokenizer_class") != BYTES:  # said in config.json, which is the model's
+        settings |= {"tokenizer_class": BYTES}
+        files[SETTINGS] = json.dumps(settings, indent=2).encode()
     beside = _read_settings(folder / "added_tokens.json")
+    template = _chat_template(folder, files, settings)
+    spelled_in = "\n".join([template, *_named_control(folder, settings)])
     refuse_pointer(folder / name)
     try:
-        backend = _read_backend(name, files[name], settings, beside, _spelled_control(folder, files, settings))
+        backend = _read_backend(name, files[name], settings, beside, spelled_in)
     except Exception as error:  # the libraries raise nothing narrower
         raise UserError(f"{folder / name}: not a tokenizer that can be read ({_first_line(error)})") from error
-    return Tokenizer(backend, files, _special_ids(folder, backend), _stop_ids(folder), settings)
+    ids, begins = _special_ids(folder, backend), settings.get("add_bos_token")
+    return Tokenizer(backend, files, ids, _stop_ids(folder), begins, template)
 
 
 def tokenizer_file(folder: Path) -> str | None:
     """Returns the name of the file that a folder's tokenizer is read from; None where there is no tokenizer."""
     found = next((name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
-    return SETTINGS if found is None and _read_settings(folder / SETTINGS).get("tokenizer_class") == BYTES else found
+    named = [_read_settings(folder / name).get("tokenizer_class") for name in (SETTINGS, "config.json")]
+    return SETTINGS if found is None and BYTES in named else found
 
 
 def _read_backend(
@@ -261,20 +274,23 @@ def _read_backend(
     return SentencePieceBackend(content, settings | {"extra_ids": extra_ids}, beside, spelled_in)
 
 
-def _chat_template(files: dict[str, bytes], settings: dict[str, Any]) -> str:
+def _chat_template(folder: Path, files: dict[str, bytes], settings: dict[str, Any]) -> str:
     """Returns the template for plain conversations, which is called "default" where several are listed by name."""
-    template = files.get("chat_template.jinja", b"").decode() or settings.get("chat_template")
+    try:
+        template = files.get(TEMPLATE, b"").decode() or settings.get("chat_template")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{folder / TEMPLATE}: not UTF-8 ({error})") from None
     forms = template if isinstance(template, list) else [{"name": "default", "template": template or ""}]
     if not all(isinstance(form, dict) and isinstance(form.get("template"), str) for form in forms):
-        raise ValueError(f"chat_template is {str(template)[:40]!r}, expected a text, or a list of them by name")
+        found = repr(template)[:40]
+        raise UserError(f"{folder / SETTINGS}: chat_template is {found}, expected a text, or a list of them by name")
     return next((form["template"] for form in forms if form.get("name") == "default"), "")
 
 
-def _spelled_control(folder: Path, files: dict[str, bytes], settings: dict[str, Any]) -> str:
-    """Returns a text that holds every control token which the folder's template and configurations spell."""
+def _named_control(folder: Path, settings: dict[str, Any]) -> list[str]:
+    """Returns the control tokens that the folder's configurations name."""
     named = [found.get(f"{name}_token") for found in (settings, _special_map(folder)) for name in NAMES]
-    written = [token["content"] if isinstance(token, dict) else token for token in named]
-    return "\n".join([_chat_template(files, settings), *filter(None, written)])
+    return [token["content"] if isinstance(token, dict) else token for token in named if token]
 
 
 def _special_map(folder: Path) -> dict[str, Any]:

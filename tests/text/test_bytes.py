@@ -2,10 +2,11 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
-from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration
+from transformers import AutoTokenizer, ByT5Tokenizer, T5Config, T5ForConditionalGeneration
 
 from babl.cli import main
 from babl.generation import Engine
@@ -79,3 +80,15 @@ def test_a_folder_is_described_asked_and_copied(folder, capsys, tmp_path):
     for prompt, answer in zip(prompts, answers, strict=True):
         out = model.generate(**theirs(prompt, return_tensors="pt"), max_new_tokens=12, do_sample=False)
         assert answer == theirs.decode(out[0], skip_special_tokens=True)
+
+
+def test_the_models_config_may_be_what_names_the_class(folder, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / name, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tokenizer_class": "ByT5Tokenizer"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["export", str(tmp_path), str(tmp_path / "copy")]) == 0
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "copy")  # where the config names no class any more
+    for text in TEXTS:
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert load_tokenizer(tmp_path).encode(text) == ids == load_tokenizer(tmp_path / "copy").encode(text)

@@ -75,3 +75,17 @@ def test_what_git_has_in_place_of_a_large_file_is_named(tmp_path, name):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(UserError, match=f"{name} is a pointer to the file, not the file; `git lfs pull`"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("template", [3, ["x"], {"default": "x"}, [{"name": "default"}]])
+def test_a_chat_template_of_another_form_is_named(spec, tmp_path, template):
+    write(tmp_path, spec, chat_template=template)
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: chat_template is .*, expected a text, or a list"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_chat_template_that_is_not_utf8_is_named(spec, tmp_path):
+    write(tmp_path, spec)
+    (tmp_path / "chat_template.jinja").write_bytes("{{ messages }}".encode("utf-16"))
+    with pytest.raises(UserError, match=r"chat_template\.jinja: not UTF-8"):
+        load_tokenizer(tmp_path)

@@ -5,6 +5,7 @@ from typing import Any
 
 from django.conf import settings
 from django.core.asgi import get_asgi_application
+from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 from babl.web.middleware import HEADERS
@@ -41,7 +42,11 @@ class Application:
             return await _respond(send, 200, b"ok\n")
         if scope["path"].startswith(settings.STATIC_URL):
             inner = {**scope, "root_path": scope.get("root_path", "") + settings.STATIC_URL.rstrip("/")}
-            return await self._static(inner, receive, _with_headers(send))
+            try:
+                return await self._static(inner, receive, _with_headers(send))
+            except (HTTPException, ValueError) as error:  # no such file, another method, or no name of a file at all
+                status = error.status_code if isinstance(error, HTTPException) else 404
+                return await _respond(_with_headers(send), status, b"there is no such file\n" if status == 404 else b"")
         most = settings.LOGIN_BYTES if scope["path"] == settings.LOGIN_URL else settings.UPLOAD_BYTES
         length = dict(scope["headers"]).get(b"content-length", b"0")
         try:

@@ -138,8 +138,8 @@ def serve(place: Place) -> int:
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=GRACE_SECONDS,
-            proxy_headers=bool(os.environ.get("BABL_TRUSTED_PROXIES")),
-            forwarded_allow_ips=os.environ.get("BABL_TRUSTED_PROXIES", ""),
+            proxy_headers=bool(settings.TRUSTED_PROXIES),
+            forwarded_allow_ips=settings.TRUSTED_PROXIES,
         )
         server = Server(config)
         server.run(sockets=[listening])

@@ -14,6 +14,7 @@ BABL_QUESTIONS_PER_MINUTE limits each user; default 60 with `login`, and nothing
 """
 
 import hashlib
+import ipaddress
 import os
 import re
 import secrets
@@ -78,6 +79,20 @@ def _questions_per_minute() -> int | None:
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
         raise UserError(f"BABL_QUESTIONS_PER_MINUTE is {text[:40]!r}, expected 1 to 999999999")
     return int(text)
+
+
+def _trusted_proxies() -> list[str]:
+    """Returns the addresses and networks whose word on a client's address is taken."""
+    found = [each.strip() for each in os.environ.get("BABL_TRUSTED_PROXIES", "").split(",") if each.strip()]
+    for each in found:
+        try:
+            ipaddress.ip_network(each, strict=False)
+        except ValueError:
+            if each != "*":
+                raise UserError(
+                    f"BABL_TRUSTED_PROXIES has {each[:40]!r}, expected addresses or networks such as 10.0.0.0/8"
+                ) from None
+    return found
 
 
 SECRET_KEY = os.environ.get("SECRET_KEY") or _secret_key()
@@ -156,6 +171,7 @@ UPLOAD_BYTES = 64 * 2**20  # of an import or a question set
 LOGIN_BYTES = 16 * 2**10  # of a name and a password
 DATA_UPLOAD_MAX_MEMORY_SIZE = UPLOAD_BYTES
 FILE_UPLOAD_MAX_MEMORY_SIZE = 2**20  # of a body that is still arriving; what is longer waits on the disk
+TRUSTED_PROXIES = _trusted_proxies()
 QUESTIONS_PER_MINUTE = _questions_per_minute()  # of one user
 LOGINS_PER_MINUTE = 10  # of one address
 
@@ -165,5 +181,9 @@ LOGGING = {  # requests are never logged with their bodies, and errors without t
     "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s %(message)s"}},
     "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
     "root": {"handlers": ["stderr"], "level": "WARNING"},
-    "loggers": {"babl.web": {"level": "INFO"}, "django.request": {"level": "ERROR"}},
+    "loggers": {
+        "babl.web": {"level": "INFO"},
+        "django.request": {"level": "ERROR"},
+        "django.security.DisallowedHost": {"level": "CRITICAL"},  # whoever asks is told; a traceback tells nobody else
+    },
 }

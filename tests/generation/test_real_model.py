@@ -1,13 +1,15 @@
 """A real pretrained LLaMA of 135 million parameters with a chat template, beside transformers; and it learns."""
 
 import json
-import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.data.metrics.squad_metrics import compute_exact
 
@@ -81,26 +83,69 @@ def test_conversations_have_the_ids_that_transformers_gives_them(folder, turns, 
     assert chat_ids(messages, load_tokenizer(folder)) == expected
 
 
-def test_twenty_steps_on_real_questions_lower_the_loss(folder, shared, tmp_path):
+@pytest.fixture
+def tune(folder, shared, tmp_path):
+    """A function: trains the model on real questions and returns the run's folder."""
     tree = json.loads((shared / "data" / "squad" / "train-v1.1-slice.json").read_text())
     tree["data"] = tree["data"][:3]
     for article in tree["data"]:
         article["paragraphs"] = article["paragraphs"][:12]
     (tmp_path / "train.json").write_text(json.dumps(tree))
     (tmp_path / "config.toml").write_text(CONFIG.format(model=folder, data=tmp_path / "train.json"))
-    command = [
-        sys.executable,
-        ROOT / "scripts" / "train.py",
-        tmp_path / "config.toml",
-        f"run.dir={tmp_path}",
-        "run.name=r",
-    ]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = map(json.loads, (tmp_path / "r" / "metrics.jsonl").read_text().splitlines())
-    losses = [line["loss"] for line in lines if "loss" in line]
-    assert len(losses) == 20
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), losses
+
+    def tune(name, *options, ranks=1, killed_after=None):
+        launch = ["-m", "babl.distributed.launch", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        command = [sys.executable, *launch, ROOT / "scripts" / "train.py", tmp_path / "config.toml"]
+        command += [f"run.dir={tmp_path}", f"run.name={name}", *options]
+        with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+            if killed_after:
+                while not (tmp_path / name / "checkpoints" / killed_after).is_dir() and run.poll() is None:
+                    time.sleep(0.1)
+                run.kill()
+            said = run.communicate()[0]
+        assert run.returncode == (-signal.SIGKILL if killed_after else 0), said[-2000:]
+        return tmp_path / name
+
+    return tune
+
+
+def losses(run):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_twenty_steps_on_real_questions_lower_the_loss(tune):
+    found = losses(tune("r"))
+    assert len(found) == 20
+    assert sum(found[-5:]) < 0.8 * sum(found[:5]), found
+
+
+@pytest.mark.slow
+def test_a_killed_and_resumed_run_ends_with_the_same_bytes(tune):
+    short = ["train.steps=4", "train.save_every=2", "optim.warmup_steps=1"]
+    whole = tune("whole", *short)
+    tune("broken", *short, killed_after="step_000002")
+    broken = tune("broken", *short, "run.resume=true")
+    names = sorted(path.name for path in (whole / "checkpoints" / "step_000004").glob("*.safetensors"))
+    assert len(names) >= 2, "weights and optimizer"
+    for name in names:
+        a, b = (run / "checkpoints" / "step_000004" / name for run in (whole, broken))
+        assert a.read_bytes() == b.read_bytes(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["zero2", "fsdp"])
+def test_two_ranks_train_it_as_one_process_does(tune, backend):
+    short = ["train.steps=3", "train.save_every=3", "optim.warmup_steps=1"]
+    one, two = tune("one", *short), tune("two", *short, f"distributed.backend={backend}", ranks=2)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    a, b = ({}, {})
+    for run, weights in ((one, a), (two, b)):
+        for path in (run / "checkpoints" / "latest").glob("model*.safetensors"):  # each rank has written a share
+            weights |= load_file(path)
+    assert a.keys() == b.keys()
+    largest = max(value.abs().max() for value in a.values())
+    assert max((a[key] - b[key]).abs().max() for key in a) < 1e-4 * largest
 
 
 def test_four_examples_tell_the_model_what_is_asked(folder, shared, tmp_path):

@@ -161,5 +161,11 @@ def test_every_answer_forbids_what_a_page_does_not_need(everything):
         headers = mine.http.get(path).headers
         assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'self'; style-src 'self'")
         assert headers["x-content-type-options"] == "nosniff"
+    for name in ("none.css", "", "js/", "..%2f..%2fsettings.py", "js/app.js%00"):
+        missing = httpx.get(f"{server.address}/static/{name}")
+        assert (missing.status_code, missing.text) == (404, "there is no such file\n")
+        assert "content-security-policy" in missing.headers
+    assert httpx.post(f"{server.address}/static/babl.css").status_code == 405
+    assert "Traceback" not in server.log.read_text()
     assert httpx.get(f"{server.address}/healthz").text == "ok\n"
     assert httpx.get(f"{server.address}/readyz").json()["database"] is True

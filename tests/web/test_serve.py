@@ -109,6 +109,7 @@ def test_a_start_on_a_full_disk_leaves_no_half_key(tmp_path):
         ("DATABASE_URL", "postgres://u:hidden@h", "DATABASE_URL names no database"),
         ("BABL_QUESTIONS_PER_MINUTE", "0", "BABL_QUESTIONS_PER_MINUTE is '0', expected 1 to"),
         ("BABL_QUESTIONS_PER_MINUTE", "many", "BABL_QUESTIONS_PER_MINUTE is 'many', expected 1 to"),
+        ("BABL_TRUSTED_PROXIES", "10.0.0.1, there", "BABL_TRUSTED_PROXIES has 'there', expected addresses or networks"),
     ],
 )
 def test_an_environment_that_makes_no_sense_is_said(tmp_path, name, value, said):

@@ -6,6 +6,7 @@ Neither torch nor Django is imported here.
 import asyncio
 import contextlib
 import itertools
+import os
 import shutil
 import sys
 import tempfile
@@ -46,6 +47,7 @@ START_SECONDS = 120.0  # that the engine process has to be ready
 GRACE = 5.0  # seconds to end after it was asked to
 WAITS = (0.0, 0.5, 2.0, 8.0, 30.0)  # seconds before each start after the last one that became ready
 HOPELESS = 3  # starts in a row that failed, after which nobody is kept waiting
+SOCKET_PATH_BYTES = 103  # that every system takes; Linux takes 107
 MOST_HELD = 64  # requests kept while there is no engine process
 BROKE_DOWN = "the engine broke down while it was answering, and is started again"
 
@@ -236,7 +238,7 @@ class EngineClient:
             settled: asyncio.Future[Any] = asyncio.ensure_future(self._settled.wait())
             await asyncio.wait([settled, self._supervisor], return_when=asyncio.FIRST_COMPLETED)
             settled.cancel()
-            if self._supervisor.done():
+            if self._supervisor.done() and not self._hopeless:
                 raise EngineError(Failed("", "engine", "the engine was stopped"))
         if self._hopeless:
             raise EngineError(Failed("", "engine", self._hopeless))
@@ -324,7 +326,6 @@ class EngineClient:
 
     async def _supervise(self) -> None:
         """Keeps an engine process running, for ever; cancelled, it has ended."""
-        folder = tempfile.mkdtemp(prefix="babl-")  # nobody else may enter it
         loop = asyncio.get_running_loop()
         losses: Losses = asyncio.Queue()
 
@@ -337,7 +338,15 @@ class EngineClient:
 
             return Line(FromEngine, self._receive, loss.set_result, made)
 
-        server = await loop.create_unix_server(answer, f"{folder}/engine")
+        try:
+            folder = _socket_folder()
+            server = await loop.create_unix_server(answer, f"{folder}/engine")
+        except OSError as error:
+            self._hopeless = f"the engine's socket has no place ({error}); set TMPDIR to a folder that can be written"
+            print(f"babl engine: {self._hopeless}", file=sys.stderr)
+            self._settled.set()
+            self._fail_all(self._hopeless, sent_only=False)
+            return
         failures = 0  # starts in a row that did not become ready
         try:
             while True:
@@ -390,3 +399,10 @@ class EngineClient:
             if process.returncode is None:
                 process.kill()
             await ended
+
+
+def _socket_folder() -> str:
+    """Returns a new folder for a socket, which nobody else may enter, under /tmp where TMPDIR's path is too long."""
+    if len(os.fsencode(tempfile.gettempdir())) <= SOCKET_PATH_BYTES - len("/babl-12345678/engine"):
+        return tempfile.mkdtemp(prefix="babl-")
+    return tempfile.mkdtemp(prefix="babl-", dir="/tmp")

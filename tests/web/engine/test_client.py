@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 
@@ -351,6 +352,24 @@ def test_an_engine_that_cannot_be_started_keeps_nobody_waiting(program, loop, mo
     loop.run(client.stop())
     (events,) = answer(client, chat("scripted", "x"))
     assert (events[-1].code, events[-1].message) == ("engine", "the engine is not started")
+
+
+def test_a_long_tmpdir_costs_nothing_and_one_that_is_gone_is_said(loop, monkeypatch, chat, answer, tmp_path):
+    long = tmp_path / ("a" * 60) / ("b" * 60)
+    long.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    client = EngineClient(scripted=True)
+    loop.run(client.start())
+    assert answer(client, chat("scripted", "tokens=1 a"))[0][-1].text == "a"
+    loop.run(client.stop())
+    assert not list(long.iterdir())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    client = EngineClient(scripted=True)
+    with pytest.raises(EngineError, match=r"socket has no place .*set TMPDIR to a folder that can be written"):
+        loop.run(client.start())
+    (events,) = answer(client, chat("scripted", "x"))
+    assert events[-1].code == "engine" and "set TMPDIR" in events[-1].message
+    loop.run(client.stop())
 
 
 @pytest.mark.parametrize(("name", "value"), [("seed", 10**20), ("temperature", "hot"), ("stop", ["\ud800"])])

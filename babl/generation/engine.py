@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,22 @@ from babl.text.prompts import Style, continuation_ids, prompt_ids
 Prompt = str | Sequence[int]  # a text, or the ids the model is to read as they are
 Finish = Literal["eos", "stop", "length", "context", "cancelled"]
 ROUNDING = 1e-5  # how far logits computed in another way may lie apart, relative to the largest
+SCORED_TOGETHER = 256  # tokens of a prompt whose log-probabilities are computed together
 BATCH_TOKENS = 16_384  # prompt tokens computed together, padding included
+
+
+class Scored(NamedTuple):
+    """A token, and what the model thought of it where it stands.
+
+    Attributes:
+        id: Of the token.
+        log_prob: Natural logarithm of its probability; None for the first of a prompt, before which there is nothing.
+        likeliest: The likeliest tokens there and theirs, as many as were asked for.
+    """
+
+    id: int
+    log_prob: float | None
+    likeliest: list[tuple[int, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +60,7 @@ class Answer:
         finish: Why it ended: the model's own end, a stop string, `max_new_tokens`, the model's context, or a call.
         prompt_tokens: Tokens read.
         steps: Times the decoder ran; fewer than ids where a draft was right.
+        scored: The prompt's tokens where they are echoed, then the ids, where `GenerationConfig.likeliest` asks for it.
     """
 
     text: str
@@ -53,6 +69,7 @@ class Answer:
     finish: Finish
     prompt_tokens: int
     steps: int
+    scored: tuple[Scored, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -77,6 +94,7 @@ class Row:
     pieces: list[str] = field(default_factory=list)
     log_prob: float = 0.0
     steps: int = 0
+    scored: list[Scored] = field(default_factory=list)
     finish: Finish | None = None
     shown: int = 0  # characters that `piece` has given
 
@@ -97,6 +115,16 @@ class Row:
                 self.finish = "stop"
         if len(self.ids) == self.limit and not self.finish:
             self.finish = self.at_limit
+
+    def score(self, tokens: Sequence[int], logits: Tensor) -> None:
+        """Records, where that is asked for, what logits (n, V) say of the tokens they predict."""
+        if self.config.likeliest is None:
+            return
+        log_probs = logits.log_softmax(-1)
+        own = log_probs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+        best = log_probs.topk(min(self.config.likeliest, log_probs.shape[-1]))
+        for token, value, ids, values in zip(tokens, own, best.indices.tolist(), best.values.tolist(), strict=True):
+            self.scored.append(Scored(token, value, list(zip(ids, values, strict=True))))
 
     def _stopped(self) -> bool:
         """Whether a stop string stands in the text; what follows its beginning is then gone."""
@@ -130,7 +158,8 @@ class Row:
             self.pieces.append(self.text.rest())
             self._stopped()
         text = "".join(self.pieces)
-        return Answer(text, tuple(self.ids), self.log_prob, self.finish or "length", len(self.prompt), self.steps)
+        finish = self.finish or "length"
+        return Answer(text, tuple(self.ids), self.log_prob, finish, len(self.prompt), self.steps, tuple(self.scored))
 
 
 class Stream:
@@ -231,15 +260,20 @@ class Decoding:
         room = max(row.limit for row in self.rows) + self._drafted
         width = max(map(len, prompts))
         part = width if read_tokens is None else max(1, read_tokens // len(prompts))
-        if engine.model.is_encoder_decoder or part >= width:
+        echo = any(row.config.echo for row in self.rows)
+        first = 1 if echo else part  # what is read at first gives no states but the last
+        if engine.model.is_encoder_decoder or first >= width:
             self._cache, state = engine._read(prompts, room)
+            self._echo(state[:, None], 0)
         else:
-            self._cache, state = engine._prefill([prompt[:part] for prompt in prompts], width - part + room)
-            for at in range(part, width, part):
+            self._cache, state = engine._prefill([prompt[:first] for prompt in prompts], width - first + room)
+            self._echo(state[:, None], 0)
+            for at in range(first, width, part):
                 yield None
                 # A row that is over is filled up, behind its end; it is cut there afterwards.
                 ids = engine._padded([prompt[at : at + part] for prompt in prompts])
                 states = engine.model.decode(ids, self._cache)  # (B, part, C)
+                self._echo(states, at)
                 for i, prompt in enumerate(prompts):
                     if at < len(prompt) <= at + part:
                         state[i] = states[i, len(prompt) - 1 - at]
@@ -250,6 +284,16 @@ class Decoding:
             # One row waits for kernel launches more than for anything else.
             self._step = GraphedStep(self._plain_step, self._cache)
         yield state
+
+    def _echo(self, states: Tensor, at: int) -> None:
+        """Records what states (B, n, C), from the prompts' token `at` on, say of those after it, where rows echo."""
+        for row, own in zip(self.rows, states, strict=True):
+            if row.config.echo:
+                row.scored = row.scored or [Scored(row.prompt[0], None, [])]
+                tokens = row.prompt[at + 1 : at + 1 + len(own)]
+                for i in range(0, len(tokens), SCORED_TOGETHER):
+                    part = tokens[i : i + SCORED_TOGETHER]
+                    row.score(part, self.engine._logits(own[i : i + len(part)]))
 
     def _plain_step(self, ids: Tensor, cache: Cache) -> Tensor:
         """Puts ids (B, n) into the cache and returns the logits (B, n, V) behind each."""
@@ -283,6 +327,7 @@ class Decoding:
             if not row.config.greedy:
                 token = choose(logits[b, 0], row.config, [*row.seen, *row.ids], row.rng)
                 row.write(token, float(logits[b, 0].log_softmax(-1)[token]), stop_ids)
+                row.score([token], logits[b, :1])
                 continue
             right = 0  # tokens of the draft
             for place in range(len(tokens) + 1):
@@ -290,6 +335,7 @@ class Decoding:
                     tied = True
                     break
                 row.write(likeliest[b][place], log_probs[b][place], stop_ids)
+                row.score([likeliest[b][place]], logits[b, place : place + 1])
                 if row.finish or place == len(tokens) or tokens[place] != likeliest[b][place]:
                     break
                 right += 1
@@ -445,16 +491,22 @@ class Engine:
             raise UserError(f"prompts is one text, {prompts[:40]!r}; expected a list of them: [text]")
         encoded = iter(prompt_ids([p for p in prompts if isinstance(p, str)], self.tokenizer, self.style))
         found = [next(encoded) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-        rows = self.model.config.vocab_size
-        for prompt in found:
-            if not prompt:
-                raise UserError(
-                    f"the prompt is empty, and {self.name} has no token that begins a text; expected a word"
-                )
-            outside = next((token for token in prompt if not 0 <= token < rows), None)
-            if outside is not None:
-                raise UserError(f"the prompt has token id {outside}, expected 0 to {rows - 1}")
+        for ids in found:
+            self.check(ids)
         return found
+
+    def check(self, prompt: Sequence[int]) -> None:
+        """The model can read the prompt.
+
+        Raises:
+            UserError: It is empty, or has an id that the model does not.
+        """
+        rows = self.model.config.vocab_size
+        if not prompt:
+            raise UserError(f"the prompt is empty, and {self.name} has no token that begins a text; expected a word")
+        outside = next((token for token in prompt if not 0 <= token < rows), None)
+        if outside is not None:
+            raise UserError(f"the prompt has token id {outside}, expected 0 to {rows - 1}")
 
     def _row(self, prompt: list[int], config: GenerationConfig) -> Row:
         limit, at_limit = config.max_new_tokens, "length"
@@ -466,6 +518,10 @@ class Engine:
                 )
             if limit > context - len(prompt):
                 limit, at_limit = context - len(prompt), "context"
+        if config.echo and self.model.is_encoder_decoder:
+            raise UserError(
+                f"echo: {self.name} reads a prompt with its encoder, which gives its tokens no probabilities"
+            )
         joined = not self.model.is_encoder_decoder
         seen = prompt if joined else [self.model.config.decoder_start_token_id]
         text = Detokenizer(self.tokenizer, prompt if joined else ())

@@ -30,6 +30,8 @@ class GenerationConfig:
         seed: Of what is drawn; the same prompt with the same seed is answered the same way in any batch.
         prompt_lookup_num_tokens: Most tokens guessed by copying from the prompt and verified in one step; 0 for none.
             What is written is the same; only greedy choice can verify.
+        likeliest: Record each token written with its log-probability and those of so many likeliest; None records none.
+        echo: Record those of the prompt, too; a decoder's alone.
     """
 
     max_new_tokens: int = 32
@@ -43,11 +45,15 @@ class GenerationConfig:
     stop_strings: Sequence[str] = field(default=())
     seed: int = 0
     prompt_lookup_num_tokens: int = 0
+    likeliest: int | None = None
+    echo: bool = False
 
     def __post_init__(self) -> None:
         at_least(1, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
         at_least(0, temperature=self.temperature, top_k=self.top_k, seed=self.seed)
         at_least(0, prompt_lookup_num_tokens=self.prompt_lookup_num_tokens)
+        if self.likeliest is not None:
+            at_least(0, likeliest=self.likeliest)
         for name in ("top_p", "repetition_penalty"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}, expected more than 0")

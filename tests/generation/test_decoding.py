@@ -1,6 +1,7 @@
 """Decoding a step at a time: rows join, are cancelled and are read in parts, and write what they write alone."""
 
 import pytest
+import torch
 
 from babl.generation import GenerationConfig
 
@@ -70,6 +71,32 @@ def test_prompts_read_in_parts_are_answered_alike(engine, prompts, read_tokens):
     assert steps == -(-longest // part)
     finish(parts)
     assert [row.answer().ids for row in rows] == [a.ids for a in engine.answer(prompts[3:8], configs[0])]
+
+
+@pytest.mark.parametrize("read_tokens", [5, 40, None])
+@pytest.mark.parametrize("lookup", [0, 3])
+def test_scored_tokens_have_transformers_log_probabilities_however_they_are_read(
+    engine, reference, prompts, read_tokens, lookup
+):
+    if engine.model.is_encoder_decoder:
+        pytest.skip("an encoder gives its tokens no probabilities")
+    config = GenerationConfig(6, likeliest=3, echo=True, prompt_lookup_num_tokens=lookup)
+    decoding = engine.begin(prompts[:6], [config] * 6, read_tokens)
+    rows = list(decoding.rows)
+    finish(decoding)
+    for row in rows:
+        ids = [*row.prompt, *row.ids]
+        with torch.inference_mode():
+            log_probs = reference(torch.tensor([ids])).logits[0, :, : engine.tokenizer.vocab_size].log_softmax(-1)
+        first, *others = row.answer().scored
+        assert (first.id, first.log_prob, first.likeliest) == (ids[0], None, [])
+        assert [token.id for token in others] == ids[1:]
+        for token, expected in zip(others, log_probs, strict=False):
+            assert token.log_prob == pytest.approx(expected[token.id].item(), abs=1e-4)
+            best = expected.topk(3)
+            assert [value for _, value in token.likeliest] == pytest.approx(best.values.tolist(), abs=1e-4)
+        written = [token.log_prob for token in others[len(row.prompt) - 1 :]]
+        assert sum(written) == pytest.approx(row.log_prob, abs=1e-4)
 
 
 def test_a_cancelled_row_writes_nothing_more_and_the_others_go_on(engine, prompts):

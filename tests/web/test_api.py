@@ -97,8 +97,8 @@ def test_a_value_out_of_bounds_is_refused_by_name_and_costs_nobody_anything(serv
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("echo", True), ("logprobs", 0), ("logprobs", True), ("top_logprobs", 3), ("logit_bias", {"5": -100}),
-        ("presence_penalty", 1.5), ("frequency_penalty", -1), ("best_of", 3), ("n", 2), ("n", 0), ("suffix", "x"),
+        ("top_logprobs", 3), ("logit_bias", {"5": -100}),
+        ("presence_penalty", 1.5), ("frequency_penalty", -1), ("best_of", 3), ("suffix", "x"),
         ("response_format", {"type": "json_object"}), ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"), ("functions", [{"name": "f"}]), ("reasoning_effort", "high"), ("typical_p", 0.5),
     ],
@@ -111,6 +111,41 @@ def test_what_is_not_supported_is_refused_by_name(client, name, value):
         with pytest.raises(openai.BadRequestError, match=f"{name} is") as refused:
             create(model="scripted", **asked, extra_body={name: value})
         assert (refused.value.param, refused.value.code) == (name, "unsupported_parameter")
+
+
+def test_several_prompts_and_several_answers_come_in_order(client):
+    texts = ["tokens=1 delay=0.2 late", "tokens=2 delay=0 a b", "tokens=1 delay=0 c"]
+    found = client.completions.create(model="scripted", prompt=texts, n=2)
+    assert [choice.index for choice in found.choices] == list(range(6))
+    assert [choice.text for choice in found.choices] == ["late", "late", "a b", "a b", "c", "c"]
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (4, 8), "a prompt is read once"
+    said = client.chat.completions.create(model="scripted", messages=say("tokens=1 hi"), n=3)
+    assert [choice.message.content for choice in said.choices] == ["hi"] * 3
+    with pytest.raises(openai.UnprocessableEntityError, match="fail=prompt"):
+        client.completions.create(model="scripted", prompt=["tokens=999 a", "fail=prompt x"], max_tokens=999)
+
+
+@pytest.mark.parametrize(
+    ("param", "asked", "message"),
+    [
+        ("n", {"n": 0}, "n is 0, to 1 prompts; expected 1 to 32 answers in all"),
+        ("n", {"n": 33}, "n is 33"),
+        ("prompt", {"prompt": []}, "to 0 prompts"),
+        ("n", {"prompt": ["a"] * 33}, "to 33 prompts"),
+        ("n", {"n": 2, "stream": True}, "n asks for 2 answers, of which a stream has one"),
+        ("prompt", {"prompt": ["a", "b"], "stream": True}, "prompt asks for 2 answers"),
+        ("logprobs", {"logprobs": 1, "stream": True}, "logprobs is not supported in a stream"),
+        ("echo", {"echo": True, "stream": True}, "echo is not supported in a stream"),
+        ("logprobs", {"logprobs": 21}, "Expected `int` <= 20"),
+        ("logprobs", {"logprobs": True}, "logprobs"),
+        ("prompt", {"prompt": [[-1.5]]}, "prompt"),
+        (None, {"prompt": ["a", 1]}, "prompt mixes token ids with others"),
+    ],
+)
+def test_what_cannot_be_asked_so_is_named(client, param, asked, message):
+    with pytest.raises(openai.BadRequestError, match=message) as refused:
+        client.completions.create(**{"model": "scripted", "prompt": "tokens=1 a"} | asked)
+    assert refused.value.param == param
 
 
 def test_what_changes_nothing_is_taken(client):

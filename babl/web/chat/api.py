@@ -3,12 +3,14 @@
 What is asked here is stored nowhere. Sampling is greedy unless the request says otherwise.
 """
 
+import asyncio
 import contextlib
 import functools
 import json
 import logging
+import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -25,6 +27,20 @@ from babl.errors import UserError
 from babl.web.chat import access
 from babl.web.chat.endpoint import Handler, Refusal, S, decode, refused
 from babl.web.chat.hub import hub
+from babl.web.chat.openai import (
+    FINISH,
+    IGNORED,
+    MOST_CHOICES,
+    NEUTRAL,
+    QA,
+    Chat,
+    Completion,
+    Sampling,
+    choice,
+    unsupported,
+    usage,
+    variant,
+)
 from babl.web.engine.client import EngineError
 from babl.web.engine.protocol import (
     ChatRequest,
@@ -33,105 +49,13 @@ from babl.web.engine.protocol import (
     Done,
     Event,
     Failed,
-    Message,
     ModelState,
     QARequest,
     Reading,
-    Request,
-    Settings,
 )
 
-# Parameters of OpenAI's that change what is answered and that this server does not have: only the values, the first of
-# them OpenAI's own default, that change nothing are taken.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("echo", "logprobs"), (False,)),
-    **dict.fromkeys(("presence_penalty", "frequency_penalty", "top_logprobs"), (0,)),
-    **dict.fromkeys(("n", "best_of"), (1,)),
-    **dict.fromkeys(("tools", "functions"), ([],)),
-    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
-    "suffix": ("",),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-}
-# Those that change nothing about it.
-IGNORED = frozenset(
-    ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
-)
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 log = logging.getLogger("babl.web")
-
-
-class Part(msgspec.Struct):
-    """A piece of a message; only text is understood."""
-
-    type: str
-    text: str = ""
-
-
-class ChatMessage(msgspec.Struct):
-    """A turn of a conversation as OpenAI words it."""
-
-    role: str
-    content: str | list[Part] | None = None
-    tool_calls: list[Any] | None = None
-
-
-class StreamOptions(msgspec.Struct):
-    """What a stream has besides."""
-
-    include_usage: bool = False
-
-
-class Sampling(msgspec.Struct, kw_only=True):
-    """What all requests have."""
-
-    model: str
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-
-    def settings(self) -> Settings:
-        """Returns what the engine is told."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        longest = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        given |= {} if longest is None else {"max_new_tokens": longest}
-        given |= {"stop": [self.stop] if isinstance(self.stop, str) else self.stop} if self.stop else {}
-        # As elsewhere, -1 may stand for all tokens, and a seed be any integer of 64 bits.
-        given |= {"top_k": 0} if self.top_k == -1 else {}
-        given |= {"seed": self.seed % 2**63} if self.seed is not None and -(2**63) <= self.seed < 0 else {}
-        return msgspec.convert(given, Settings)
-
-
-class Chat(Sampling, kw_only=True):
-    """A request to /v1/chat/completions; `context`, a passage the last message is about, is ours."""
-
-    messages: list[ChatMessage]
-    context: str | None = None
-
-
-class Completion(Sampling, kw_only=True):
-    """A request to /v1/completions."""
-
-    prompt: str | list[str]
-
-
-class QA(Sampling, kw_only=True):
-    """A request to /v1/qa."""
-
-    question: str
-    context: str | None = None
 
 
 def endpoint(**handlers: Handler) -> Any:
@@ -147,7 +71,8 @@ def endpoint(**handlers: Handler) -> Any:
                 raise Refusal(405, "method", f"{request.method} is not possible here")
             found = await handler(request, **arguments)
         except (UserError, msgspec.ValidationError, msgspec.DecodeError) as error:
-            return _error(Refusal(400, "invalid", str(error)))
+            named = re.search(r" - at `\$\.(\w+)", str(error))
+            return _error(Refusal(400, "invalid", str(error), param=named and named[1]))
         except Refusal as error:
             return _error(error)
         except EngineError as error:
@@ -196,17 +121,13 @@ def _body(request: HttpRequest, kind: type[S]) -> S:
     for name in sent.keys() - IGNORED - set(kind.__struct_fields__):
         allowed = NEUTRAL.get(name)
         if allowed is None:
-            raise _unsupported(name, f"{name} is no parameter of this server")
+            raise unsupported(name, f"{name} is no parameter of this server")
         given = sent[name]
         # 1 and True are equal, but not the same parameter.
         same = any(value == given and isinstance(value, bool) == isinstance(given, bool) for value in allowed)
         if given is not None and not same:
-            raise _unsupported(name, f"{name} is not supported, expected {json.dumps(allowed[0])}, or nothing")
+            raise unsupported(name, f"{name} is not supported, expected {json.dumps(allowed[0])}, or nothing")
     return msgspec.convert({name: sent[name] for name in sent if name in kind.__struct_fields__}, kind)
-
-
-def _unsupported(name: str, message: str) -> Refusal:
-    return Refusal(400, "unsupported_parameter", message, param=name)
 
 
 async def _models() -> list[ModelState]:
@@ -244,40 +165,13 @@ async def _known(name: str) -> ModelState:
 async def chat(request: HttpRequest) -> Any:
     """The next turn of a conversation."""
     asked = _body(request, Chat)
-    if not asked.messages or asked.messages[-1].role != "user":
-        raise UserError("messages must end with one of the user")
-    messages = [Message(_role(each), _text(each)) for each in asked.messages]
-    engine_request = ChatRequest(
-        f"chatcmpl-{uuid4().hex}", asked.model, messages, asked.settings(), asked.context, str(request.user.pk)
-    )
-    return await _answer(engine_request, asked, "chat.completion")
-
-
-def _role(message: ChatMessage) -> str:
-    if message.role not in ROLES or message.tool_calls:
-        role = message.role if message.role not in ROLES else "assistant with tool_calls"
-        raise _unsupported("messages", f"a message's role is {role!r}, expected one of {', '.join(ROLES)}")
-    return ROLES[message.role]
-
-
-def _text(message: ChatMessage) -> str:
-    if message.content is None or isinstance(message.content, str):
-        return message.content or ""
-    if other := next((part.type for part in message.content if part.type != "text"), None):
-        raise UserError(f"a message has a part of type {other!r}, expected text")
-    return "".join(part.text for part in message.content)
+    return await _answer(asked, asked.requests(str(request.user.pk)), "chat.completion")
 
 
 async def complete(request: HttpRequest) -> Any:
     """The continuation of a text."""
     asked = _body(request, Completion)
-    prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
-    if len(prompts) != 1:
-        raise UserError(f"prompt has {len(prompts)} texts, expected one")
-    engine_request = CompletionRequest(
-        f"cmpl-{uuid4().hex}", asked.model, prompts[0], asked.settings(), str(request.user.pk)
-    )
-    return await _answer(engine_request, asked, "text_completion")
+    return await _answer(asked, asked.requests(str(request.user.pk)), "text_completion")
 
 
 async def answer(request: HttpRequest) -> Any:
@@ -327,17 +221,28 @@ async def _end(events: AsyncGenerator[Event, None]) -> tuple[Done, Reading]:
     raise Refusal(503, "engine", "the engine gave no answer")
 
 
-async def _answer(engine_request: Request, asked: Sampling, kind: str) -> Any:
-    """Returns the answer in OpenAI's words, at once or as a stream."""
+async def _answer(asked: Chat | Completion, requests: Sequence[ChatRequest | CompletionRequest], kind: str) -> Any:
+    """Returns the answers in OpenAI's words, n to each request, at once or as a stream."""
     await _known(asked.model)
-    events = hub.engine.submit(engine_request)
-    base = {"id": engine_request.id, "object": kind, "created": int(time.time()), "model": asked.model}
+    number = 1 if asked.n is None else asked.n
+    if not 1 <= len(requests) * number <= MOST_CHOICES:
+        many = f"n is {number}, to {len(requests)} prompts; expected 1 to {MOST_CHOICES} answers in all"
+        raise Refusal(400, "invalid", many, param="n" if requests else "prompt")
+    id = f"{'chatcmpl' if isinstance(asked, Chat) else 'cmpl'}-{uuid4().hex}"
+    base = {"id": id, "object": kind, "created": int(time.time()), "model": asked.model}
+    every = [variant(each, f"{id}-{k}-{i}", i) for k, each in enumerate(requests) for i in range(number)]
     if not asked.stream:
-        end, read = await _end(events)
-        choice: dict[str, Any] = {"index": 0, "finish_reason": FINISH[end.finish], "logprobs": None}
-        is_chat = isinstance(engine_request, ChatRequest)
-        choice |= {"message": {"role": "assistant", "content": end.text}} if is_chat else {"text": end.text}
-        return base | {"choices": [choice], "usage": _usage(read, end)}
+        ends = await _ends(every)
+        prompts = [each.prompt if isinstance(each, CompletionRequest) else None for each in every]
+        choices = [choice(i, asked, prompts[i], end) for i, (end, _) in enumerate(ends)]
+        return base | {"choices": choices, "usage": usage(ends, number, asked)}
+    if len(every) > 1:
+        name = "n" if number > 1 else "prompt"
+        raise unsupported(name, f"{name} asks for {len(every)} answers, of which a stream has one")
+    if asked.likeliest() is not None:
+        name = "echo" if isinstance(asked, Completion) and asked.echo else "logprobs"
+        raise unsupported(name, f"{name} is not supported in a stream; ask without stream")
+    events = hub.engine.submit(every[0])
     first = await anext(events)
     if isinstance(first, Failed):
         raise refused(first)
@@ -346,9 +251,19 @@ async def _answer(engine_request: Request, asked: Sampling, kind: str) -> Any:
     return StreamingHttpResponse(frames, content_type="text/event-stream; charset=utf-8", headers=headers)
 
 
-def _usage(read: Reading, end: Done) -> dict[str, int]:
-    total = read.prompt_tokens + end.tokens
-    return {"prompt_tokens": read.prompt_tokens, "completion_tokens": end.tokens, "total_tokens": total}
+async def _ends(requests: Sequence[ChatRequest | CompletionRequest]) -> list[tuple[Done, Reading]]:
+    """Returns how each answer ended, and what was read for it; where one fails, the others are cancelled.
+
+    Raises:
+        Refusal: The engine gave no answer to one.
+    """
+    tasks = [asyncio.ensure_future(_end(hub.engine.submit(each))) for each in requests]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 async def _stream(
@@ -382,7 +297,7 @@ async def _stream(
                 case Done():
                     yield chunk(None, FINISH[event.finish])
                     if with_usage:
-                        yield _data(base | {"choices": [], "usage": _usage(read, event)})
+                        yield _data(base | {"choices": [], "usage": usage([(event, read)], 1, asked)})
     yield b"data: [DONE]\n\n"
 
 

@@ -69,11 +69,16 @@ def prepare(request: Request, reader: Reader) -> Prepared:
     """
     config = _config(request.settings)
     if isinstance(request, CompletionRequest):
-        ids = prompt_ids([request.prompt], reader.tokenizer, reader.style)
-        return Prepared(ids, [], None, config, 0, reader.most, reader.most)
+        if request.echo and reader.style == "t5":
+            raise UserError("echo: a T5 reads the prompt with its encoder, which gives it no probabilities")
+        config = replace(config, likeliest=request.likeliest, echo=request.echo)
+        given = request.prompt
+        ids = prompt_ids([given], reader.tokenizer, reader.style)[0] if isinstance(given, str) else given
+        return Prepared([ids], [], None, config, 0, reader.most, reader.most)
     if isinstance(request, QARequest):
         worded = word_question(request.question, request.context, reader, config.max_new_tokens)
     else:
+        config = replace(config, likeliest=request.likeliest)
         messages = [Message(role=message.role, content=message.content) for message in request.messages]
         worded = word_conversation(messages, request.context, reader, config.max_new_tokens)
     # What a decoder says without a passage is shown as it is written; other answers to a question are found first.

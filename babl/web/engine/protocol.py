@@ -91,6 +91,7 @@ class ChatRequest(msgspec.Struct, frozen=True, tag="chat"):
         settings: Of the answer.
         context: A passage the last message is about; the answer is located in it.
         user: Whose turn it is in the queue; users take turns.
+        likeliest: As in `babl.generation.GenerationConfig`.
     """
 
     id: str
@@ -99,16 +100,23 @@ class ChatRequest(msgspec.Struct, frozen=True, tag="chat"):
     settings: Settings = Settings()
     context: str | None = None
     user: str = ""
+    likeliest: int | None = None
 
 
 class CompletionRequest(msgspec.Struct, frozen=True, tag="completion"):
-    """A text to continue, read as it is; attributes as of `ChatRequest`."""
+    """A text to continue, or ids, read as they are; attributes as of `ChatRequest`.
+
+    Attributes:
+        echo: Whether the prompt's tokens are scored, too.
+    """
 
     id: str
     model: str
-    prompt: str
+    prompt: str | list[int]
     settings: Settings = Settings()
     user: str = ""
+    likeliest: int | None = None
+    echo: bool = False
 
 
 class QARequest(msgspec.Struct, frozen=True, tag="qa"):
@@ -165,6 +173,20 @@ class Delta(msgspec.Struct, frozen=True, tag="delta"):
     text: str
 
 
+class TokenScore(msgspec.Struct, frozen=True, array_like=True):
+    """A token and what the model thought of it where it stands, as `babl.generation.engine.Scored`, in text.
+
+    Attributes:
+        text: Of the token, after those before it.
+        log_prob: Natural logarithm of its probability; None for the first of a prompt.
+        likeliest: Texts of the likeliest tokens there, and theirs.
+    """
+
+    text: str
+    log_prob: float | None
+    likeliest: list[tuple[str, float]]
+
+
 class Done(msgspec.Struct, frozen=True, tag="done"):
     """The answer is whole, or was stopped.
 
@@ -179,6 +201,7 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
         seconds: From the moment the model began to read.
         weights: The first 12 hex digits of the sha256 of the model's weights.
         tokenizer: Likewise, of its tokenizer.
+        scored: Tokens, where that was asked for: the prompt's if they are echoed, then those written.
     """
 
     id: str
@@ -191,6 +214,7 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     seconds: float = 0.0
     weights: str = ""
     tokenizer: str = ""
+    scored: list[TokenScore] = []
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

@@ -20,7 +20,8 @@ import psutil
 
 from babl.errors import UserError
 from babl.generation.conversation import Reader
-from babl.generation.engine import Decoding, Row
+from babl.generation.engine import Decoding, Row, Scored
+from babl.text import Tokenizer
 from babl.text.prompts import clean_answer
 from babl.web.engine import models
 from babl.web.engine.models import Loaded
@@ -39,6 +40,7 @@ from babl.web.engine.protocol import (
     Reading,
     Request,
     Stats,
+    TokenScore,
 )
 from babl.web.engine.spans import locate
 from babl.web.engine.turns import MOST_RUNNING, MOST_WAITING, Turns
@@ -86,10 +88,10 @@ class Desk:
         for task in tasks:
             assert task.prepared is not None
             waiting += [(task, ids) for ids in task.prepared.prompts]
-        waiting.sort(key=lambda item: (_drafts(item[0]), len(item[1])))
+        waiting.sort(key=lambda item: (_kind(item[0]), len(item[1])))
         batch: list[tuple[Task, list[int]]] = []
         for item in waiting:
-            alike = not batch or _drafts(batch[0][0]) == _drafts(item[0])
+            alike = not batch or _kind(batch[0][0]) == _kind(item[0])
             if batch and not (alike and (len(batch) + 1) * len(item[1]) <= self.read_tokens):
                 self._read_together(batch)
                 batch = []
@@ -139,8 +141,10 @@ class Desk:
             others.join(decoding)
 
 
-def _drafts(task: Task) -> bool:
-    return task.prepared is not None and task.prepared.config.prompt_lookup_num_tokens > 0
+def _kind(task: Task) -> tuple[bool, bool]:
+    """Whether the task drafts, and whether its prompt is scored: those that are read together are alike in both."""
+    assert task.prepared is not None
+    return task.prepared.config.prompt_lookup_num_tokens > 0, task.prepared.config.echo
 
 
 class Scheduler:
@@ -299,8 +303,11 @@ class Scheduler:
             if task is None:
                 break
             try:
-                task.prepared = prepare(task.request, self._desks[task.request.model].loaded.reader)
+                loaded = self._desks[task.request.model].loaded
+                task.prepared = prepare(task.request, loaded.reader)
                 task.prepared.check()
+                for ids in task.prepared.prompts:
+                    loaded.engine.check(ids)
             except UserError as error:
                 self.emit(Failed(task.id, "prompt", str(error)))
                 continue
@@ -412,7 +419,23 @@ def _done(task: Task, loaded: Loaded) -> Done:
         time.monotonic() - task.begun,
         loaded.weights,
         loaded.tokenizer,
+        _texts(answer.scored, loaded.engine.tokenizer),
     )
+
+
+def _texts(scored: Sequence[Scored], tokenizer: Tokenizer) -> list[TokenScore]:
+    """Returns the tokens as texts: what each adds to the one before it, control tokens as they are written."""
+    found = []
+    for before, token in zip((None, *scored), scored, strict=False):
+        start = [] if before is None else [before.id]
+        length = len(tokenizer.decode(start))
+
+        def text(id: int, start: list[int] = start, length: int = length) -> str:
+            return tokenizer.written(id) or tokenizer.decode([*start, id])[length:]
+
+        likeliest = [(text(id), value) for id, value in token.likeliest]
+        found.append(TokenScore(text(token.id), token.log_prob, likeliest))
+    return found
 
 
 def busy(id: str, waiting: int, seconds: float) -> Failed:

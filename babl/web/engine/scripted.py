@@ -48,7 +48,9 @@ def asked(request: Request) -> str:
     """Returns the text that is the script."""
     if isinstance(request, ChatRequest):
         return request.messages[-1].content if request.messages else ""
-    return request.prompt if isinstance(request, CompletionRequest) else request.question
+    if isinstance(request, CompletionRequest):
+        return request.prompt if isinstance(request.prompt, str) else " ".join(map(str, request.prompt))
+    return request.question
 
 
 def parse(text: str) -> tuple[dict[str, str], list[str]]:

@@ -470,6 +470,8 @@ class Engine:
             continuations: What may follow, such as `babl.text.prompts.qa_target` words it.
             batch_tokens: Most prompt tokens computed together, padding included.
         """
+        if len(prompts) != len(continuations):
+            raise UserError(f"there are {len(continuations)} continuations, expected {len(prompts)}, one a prompt")
         sources, targets = self._encode(prompts), continuation_ids(continuations, self.tokenizer, self.style)
         found: list[list[float]] = [[] for _ in sources]
         training = self.model.training

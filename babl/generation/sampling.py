@@ -61,6 +61,8 @@ class GenerationConfig:
             raise UserError(f"top_p is {self.top_p} and min_p {self.min_p}, expected at most 1")
         if self.num_beams > 1 and self.temperature > 0:
             raise UserError(f"temperature is {self.temperature}, expected 0 with num_beams {self.num_beams}")
+        if isinstance(self.stop_strings, str):
+            raise UserError(f"stop_strings is one text, {self.stop_strings[:40]!r}; expected a list of them: [text]")
         if "" in self.stop_strings:
             raise UserError("stop_strings has an empty one, which is everywhere")
 

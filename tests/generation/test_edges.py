@@ -92,6 +92,16 @@ def test_an_id_that_the_model_does_not_have_is_named(engine, ids):
 def test_a_text_in_place_of_a_list_is_refused(engine):
     with pytest.raises(UserError, match=r"prompts is one text, 'who reads'; expected a list of them"):
         engine.generate("who reads")
+    with pytest.raises(UserError, match=r"stop_strings is one text, 'fox'; expected a list of them"):
+        engine.generate(["who reads"], stop_strings="fox")
+
+
+def test_each_prompt_that_is_scored_has_one_continuation(engine):
+    for prompts, continuations in ((["who"], ["fox", "town"]), (["who", "what"], ["fox"])):
+        with pytest.raises(
+            UserError, match=f"{len(continuations)} continuations, expected {len(prompts)}, one a prompt"
+        ):
+            engine.score(prompts, continuations)
 
 
 def test_a_pad_token_beyond_the_models_rows_changes_nothing(reference, prompts, tmp_path):

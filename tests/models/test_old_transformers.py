@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from babl.generation import Engine
 from babl.models import from_pretrained, save_pretrained
-from babl.text import train_tokenizer
+from babl.text import load_tokenizer, train_tokenizer
 from babl.text.prompts import chat_ids
 
 pytestmark = pytest.mark.slow
@@ -39,6 +39,15 @@ model = transformers.T5ForConditionalGeneration.from_pretrained(sys.argv[1], dty
 ids = torch.tensor([json.loads(sys.argv[2])])
 with torch.no_grad():
     print(json.dumps(model(input_ids=ids, decoder_input_ids=ids).logits.tolist()))
+"""
+IDS = """
+import json, sys
+from transformers import AutoTokenizer
+found = []
+for folder in json.loads(sys.argv[1]):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found.append([tokenizer(text, add_special_tokens=False)["input_ids"] for text in json.loads(sys.argv[2])])
+print(json.dumps(found))
 """
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}</s>{% endfor %}"
@@ -91,3 +100,26 @@ def test_a_t5_whose_embedding_is_kept_under_the_decoders_name_has_a_head_of_its_
     with torch.no_grad():
         got = from_pretrained(tmp_path)(torch.tensor([ids]), decoder_input_ids=torch.tensor([ids]))
     assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
+def test_spaces_stand_where_tokenizer_json_puts_them_whatever_legacy_says(old_python, shared, tmp_path):
+    spec = json.loads((shared / "checkpoints" / "stories260K" / "tokenizer.json").read_text())
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    old = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
+    new = {"type": "Metaspace", "replacement": "▁", "split": False}
+    forms = [(old, None), *((None, new | {"prepend_scheme": scheme}) for scheme in ("always", "first", "never"))]
+    ends = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "LlamaTokenizer"}
+    folders = []
+    for normalizer, pre_tokenizer in forms:
+        for legacy in ({}, {"legacy": True}, {"legacy": False}):
+            folders.append(tmp_path / str(len(folders)))
+            folders[-1].mkdir()
+            changed = spec | {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
+            (folders[-1] / "tokenizer.json").write_text(json.dumps(changed))
+            (folders[-1] / "tokenizer_config.json").write_text(json.dumps(ends | legacy))
+    texts = ["who reads?", "the  fox ", "<s>who</s><s> reads </s>the fox", "a</s>\nb"]
+    wanted = output_of(old_python, IDS, json.dumps([str(folder) for folder in folders]), json.dumps(texts))
+    for folder, want in zip(folders, wanted, strict=True):
+        ours = load_tokenizer(folder)
+        assert [ours.encode_chat(text) for text in texts] == want
+        assert ours.encode_batch(texts[:2]) == want[:2]

@@ -268,26 +268,36 @@ def experiment_config():
 
 
 @pytest.fixture(scope="session")
-def old_python():
-    """A Python with transformers 4.57.6 and this one's torch; built once, and kept in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "babl-tests"
-    folder = cache / OLD_PACKAGES[0].replace("==", "-")
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "whole").is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-            _build_old_python(folder)
-    return folder / "bin" / "python"
+def side_python():
+    """A function: a Python with these packages before the tests' own; built once, and kept in the user's cache."""
+
+    def side_python(name, *installs):
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "babl-tests"
+        folder = cache / name
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "whole").is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+                _build(folder, installs)
+        return folder / "bin" / "python"
+
+    return side_python
 
 
-def _build_old_python(folder):
+def _build(folder, installs):
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    for packages in (["--no-deps", *OLD_PACKAGES], ["requests"]):  # what these need beside is here already
+    (own,) = folder.glob("lib/python*/site-packages")
+    here = [path for path in sys.path if path.endswith("site-packages")]  # these come after the folder's own packages
+    (own / "of_the_tests.pth").write_text("\n".join(f"import site; site.addsitedir({path!r})" for path in here))
+    for packages in installs:
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         done = subprocess.run([*pip, *packages], capture_output=True, text=True, check=False)
         if done.returncode:
-            pytest.skip(f"{OLD_PACKAGES[0]} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
-    (own,) = folder.glob("lib/python*/site-packages")
-    here = [path for path in sys.path if path.endswith("site-packages")]
-    (own / "torch_of_the_tests.pth").write_text("\n".join(here) + "\n")  # these come after the folder's own packages
+            pytest.skip(f"{folder.name} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
     (folder / "whole").touch()
+
+
+@pytest.fixture(scope="session")
+def old_python(side_python):
+    """A Python with transformers 4.57.6 and this one's torch."""
+    return side_python("transformers-4.57.6", ["--no-deps", *OLD_PACKAGES], ["requests"])

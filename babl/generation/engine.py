@@ -1,7 +1,8 @@
 """The one way Babl makes a model write: evaluation, training's samples, the terminal and the browser all come here.
 
 Prompts of any lengths are read together, rows that are done leave the batch, and every row is answered as if it were
-alone. Decoders read a beginning that several prompts share, such as a paragraph asked about twice, once.
+alone, but for rounding, which in bfloat16 may choose between two tokens that are almost equally likely. Decoders read a
+beginning that several prompts share, such as a paragraph asked about twice, once.
 """
 
 import math

@@ -62,6 +62,69 @@ def test_a_question_set_is_run_and_two_runs_are_compared(me):
     )
 
 
+def small_set(me, name, *rows):
+    paragraphs = [
+        {"context": context, "qas": [{"id": f"{name}{i}", "question": question, "answers": []}]}
+        for i, (context, question) in enumerate(rows)
+    ]
+    file = json.dumps({"version": "v2.0", "data": [{"title": name, "paragraphs": paragraphs}]})
+    return me.call("POST", f"/api/sets?name={name}", 201, content=file)
+
+
+def titles(me):
+    return sorted(passage["title"] for passage in me.call("GET", "/api/passages")["passages"])
+
+
+def test_a_question_that_is_too_long_is_skipped_and_counted_and_the_others_are_answered(me):
+    rows = [(f"Mills of {i}.", f"{'fail=prompt ' * (i == 2)}tokens=1 delay=0 x{i}") for i in range(20)]
+    made = small_set(me, "long", *rows)
+    run = finished(me, me.call("POST", f"/api/sets/{made['id']}/runs", json={"model": "scripted"}))
+    assert (run["status"], run["answered"], run["skipped"]) == ("done", 20, 1)
+    assert run["exact"] == pytest.approx(100 / 20), "nothing is right where there is no answer"
+    response = me.http.get(f"/api/runs/{run['id']}/predictions")
+    assert 'filename="scripted-with.json"' in response.headers["content-disposition"]
+    assert list(response.json()) == [f"long{i}" for i in range(20)] and response.json()["long2"] == ""
+    me.call("DELETE", f"/api/sets/{made['id']}", 204)
+
+
+def test_predictions_of_two_runs_are_what_compare_reads(me, tmp_path):
+    titles = [f"T{i}" for i in range(6)]
+    tree = {"version": "1.1", "data": []}
+    for title in titles:
+        qa = {"id": title, "question": "tokens=1 delay=0 what?", "answers": [{"text": "tokens", "answer_start": 0}]}
+        tree["data"].append({"title": title, "paragraphs": [{"context": f"tokens of {title}", "qas": [qa]}]})
+    made = me.call("POST", "/api/sets?name=c", 201, content=json.dumps(tree))
+    (tmp_path / "data.json").write_text(json.dumps(tree))
+    for name, shown in (("a", False), ("b", True)):
+        asked = {"model": "scripted", "with_context": shown}
+        run = finished(me, me.call("POST", f"/api/sets/{made['id']}/runs", json=asked))
+        (tmp_path / f"{name}.json").write_text(me.http.get(f"/api/runs/{run['id']}/predictions").text)
+    command = [sys.executable, "-m", "babl.cli", "compare", "data.json", "a.json", "b.json", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert (found["exact"]["a"], found["exact"]["b"]) == (0, 100)
+
+
+def test_passages_of_a_set_go_with_it_and_bury_no_others(me):
+    other = small_set(me, "other", ("Both sets have this.", "q"))
+    own = me.call("POST", "/api/passages", 201, json={"text": "Mine alone.", "title": "mine"})
+    used = me.call("POST", "/api/passages", 201, json={"text": "Asked about.", "title": "used"})
+    made = small_set(me, "gone", ("Of the set alone.", "q"), ("Both sets have this.", "q"), ("Asked about.", "q"))
+    conversation = me.conversation()
+    me.answer(me.ask(conversation, "tokens=1 delay=0 x", passage=used["id"]))
+    assert set(titles(me)) >= {"mine", "used"} and not {"gone", "other"} & set(titles(me))
+    me.call("DELETE", f"/api/passages/{used['id']}", 409)
+    ids = {each["title"]: each["id"] for each in json.loads(me.http.get("/api/export").text)["passages"]}
+    me.call("DELETE", f"/api/sets/{made['id']}", 204)
+    me.call("GET", f"/api/passages/{ids['gone']}", 404)
+    assert me.call("GET", f"/api/passages/{ids['other']}")["text"] == "Both sets have this."
+    assert me.call("GET", f"/api/passages/{used['id']}")["text"] == "Asked about."
+    me.call("DELETE", f"/api/passages/{own['id']}", 204)
+    assert "mine" not in titles(me)
+    me.call("DELETE", f"/api/sets/{other['id']}", 204)
+    me.call("GET", f"/api/passages/{ids['other']}", 404)
+
+
 def test_a_run_is_stopped_and_goes_on(me):
     qas = [
         {"id": str(i), "question": f"tokens=1 delay=0.3 {i}", "answers": [{"text": "x", "answer_start": 0}]}

@@ -28,6 +28,7 @@ from babl.web.engine.protocol import Delta, Done, Event, Failed, Loading, QARequ
 SAVE_SECONDS = 0.5
 RETRY_SECONDS = 1.0  # after a save that failed
 FIRST_WORD_SECONDS = 2.0  # the engine takes to say that it is full
+UNREADABLE = "prompt"  # the failure of a question that is too long for its model
 SET_AT_ONCE = 8  # questions of a set that the engine has at once
 T = TypeVar("T")
 log = logging.getLogger("babl.web")
@@ -323,14 +324,12 @@ class Hub:
                 tasks = [group.create_task(self._answer_one(run, question, user)) for question in part]
             ends = [task.result() for task in tasks]
             answers = [
-                RunAnswer(
-                    run=run, question=question, text=end.text, probability=end.probability, **_scores(question, end)
-                )
+                answer
                 for question, end in zip(part, ends, strict=True)
-                if isinstance(end, Done)
+                if (answer := _run_answer(run, question, end)) is not None
             ]
             weights = next((end.weights for end in ends if isinstance(end, Done)), run.weights)
-            failed = next((end for end in ends if isinstance(end, Failed)), None)
+            failed = next((end for end in ends if isinstance(end, Failed) and end.code != UNREADABLE), None)
             if failed is not None:
                 facts = {"weights": weights, "error_message": failed.message}
                 await write(services.change_run, run.id, Status.ERROR, answers, **facts)
@@ -369,9 +368,14 @@ def _remaining(run: Run) -> tuple[list[Question], str]:
         connections.close_all()
 
 
-def _scores(question: Question, end: Done) -> dict[str, float]:
-    scores = selectors.score(end.text, [answer["text"] for answer in question.answers])
-    return {name: value / 100 for name, value in scores.items()}
+def _run_answer(run: Run, question: Question, end: Done | Failed) -> RunAnswer | None:
+    """Returns what is stored of an answer; one that broke off is asked anew when the run goes on."""
+    if isinstance(end, Failed) and end.code != UNREADABLE:
+        return None
+    text, probability, skipped = (end.text, end.probability, "") if isinstance(end, Done) else ("", None, end.message)
+    scores = selectors.score(text, [answer["text"] for answer in question.answers])
+    scores = {name: value / 100 for name, value in scores.items()}
+    return RunAnswer(run=run, question=question, text=text, probability=probability, skipped=skipped, **scores)
 
 
 hub = Hub()

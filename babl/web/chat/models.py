@@ -212,7 +212,10 @@ class Run(models.Model):
 
 
 class RunAnswer(models.Model):
-    """The answer to one question in a run; scores are those of the official script, in [0, 1]."""
+    """The answer to one question in a run; scores are those of the official script, in [0, 1].
+
+    A question that the model cannot read counts as answered with nothing, as in `babl evaluate`; `skipped` says why.
+    """
 
     run = models.ForeignKey(Run, models.CASCADE, related_name="answers")
     question = models.ForeignKey(Question, models.CASCADE, related_name="+")
@@ -220,6 +223,7 @@ class RunAnswer(models.Model):
     exact = models.FloatField()
     f1 = models.FloatField()
     probability = models.FloatField(null=True, blank=True)
+    skipped = models.TextField(blank=True)
 
     class Meta:
         constraints: ClassVar = [models.UniqueConstraint(fields=["run", "question"], name="answer_once")]

@@ -90,8 +90,12 @@ def passage(user: Any, id: UUID) -> Passage:
 
 
 def passages(user: Any) -> QuerySet[Passage]:
-    """Returns the user's passages, the newest first, without their text."""
-    return Passage.objects.filter(owner=user).defer("text").order_by("-created")
+    """Returns the user's passages, the newest first, without their text, and without those of question sets alone."""
+    of_sets = Question.objects.filter(set__owner=user).values("passage_id")
+    asked = Message.objects.filter(conversation__owner=user, passage__isnull=False).values("passage_id")
+    attached = Conversation.objects.filter(owner=user, passage__isnull=False).values("passage_id")
+    alone = Q(id__in=of_sets) & ~Q(id__in=asked) & ~Q(id__in=attached)
+    return Passage.objects.filter(owner=user).exclude(alone).defer("text").order_by("-created")
 
 
 def api_keys(user: Any) -> QuerySet[ApiKey]:
@@ -438,6 +442,7 @@ def run_json(shown: Run) -> dict[str, Any]:
         "weights": shown.weights,
         "created": shown.created.isoformat(),
         "answered": len(scores),
+        "skipped": shown.answers.exclude(skipped="").count(),
         "questions": shown.set.questions.count(),
         "exact": 100 * sum(e for e, _ in scores) / len(scores) if scores else None,
         "f1": 100 * sum(f for _, f in scores) / len(scores) if scores else None,
@@ -453,6 +458,11 @@ def set_json(shown: QuestionSet) -> dict[str, Any]:
         "questions": shown.questions.count(),
         "runs": [run_json(each) for each in shown.runs.select_related("set").order_by("-id")],
     }
+
+
+def predictions(of: Run) -> dict[str, str]:
+    """Returns a run's answers by the ids of the questions, as the official script and `babl compare` read them."""
+    return dict(of.answers.order_by("question__position").values_list("question__qid", "text"))
 
 
 def unanswered(of: Run) -> list[Question]:

@@ -226,6 +226,19 @@ def add_passage(user: Any, text: str, title: str = "", **facts: Any) -> Passage:
 
 
 @transaction.atomic
+def delete_passage(user: Any, id: UUID) -> None:
+    """The passage is gone.
+
+    Raises:
+        Conflict: A conversation or a question set is about it.
+    """
+    passage = selectors.passage(user, id)
+    delete_unused([passage.id])
+    if Passage.objects.filter(id=passage.id).exists():
+        raise Conflict("a conversation or a question set is about the passage; delete that first")
+
+
+@transaction.atomic
 def ask(user: Any, id: UUID, body: Ask) -> Asked:
     """Returns the question and its waiting answers, all of them stored; asked twice, it is stored once.
 
@@ -456,5 +469,8 @@ def stop_run(id: UUID) -> None:
 
 @transaction.atomic
 def delete_question_set(user: Any, id: UUID) -> None:
-    """The set and its runs are gone."""
-    selectors.question_set(user, id).delete()
+    """The set and its runs are gone, and the passages that nothing else uses."""
+    gone = selectors.question_set(user, id)
+    passages = set(gone.questions.values_list("passage_id", flat=True))
+    gone.delete()
+    delete_unused(passages)

@@ -40,6 +40,7 @@ Passages
   GET    /api/passages                      {passages: [PASSAGE without text]}
   POST   /api/passages                      {text, title?} as JSON, or multipart with `file` -> 201 PASSAGE
   GET    /api/passages/<id>                 PASSAGE
+  DELETE /api/passages/<id>                 -> 204; 409 where anything is about it
 
 Models
   GET    /api/models                        {models: [engine.protocol.ModelState]}
@@ -53,6 +54,7 @@ Question sets
   POST   /api/sets/<id>/runs                {model, with_context?} -> 201 RUN
   GET    /api/sets/<id>/difference?a=RUN&b=RUN   {questions: [{qid, question, golds, a, b, exact, f1}], fixed, broke}
   GET    /api/runs/<id>                     RUN
+  GET    /api/runs/<id>/predictions         {question id: answer}, which `babl score` and `babl compare` read
   POST   /api/runs/<id>/stop, /api/runs/<id>/resume   -> RUN
   GET    /api/feedback/export?test_share=0.2&part=train|test            a SQuAD file
 
@@ -435,6 +437,12 @@ async def get_passage(request: HttpRequest, id: UUID) -> dict[str, Any]:
     return selectors.passage_json(await read(selectors.passage, request.user, id))
 
 
+async def delete_passage(request: HttpRequest, id: UUID) -> HttpResponse:
+    """The passage is gone."""
+    await write(services.delete_passage, request.user, id)
+    return HttpResponse(status=204)
+
+
 # Models
 
 
@@ -502,6 +510,18 @@ async def begin_run(request: HttpRequest, id: UUID) -> tuple[int, dict[str, Any]
 async def get_run(request: HttpRequest, id: UUID) -> dict[str, Any]:
     """A run and its scores so far."""
     return await read(lambda: selectors.run_json(selectors.run(request.user, id)))
+
+
+async def get_predictions(request: HttpRequest, id: UUID) -> HttpResponse:
+    """A run's answers as a file of predictions."""
+
+    def find() -> tuple[str, dict[str, str]]:
+        run = selectors.run(request.user, id)
+        name = f"{run.model.replace('/', '-')}-{'with' if run.with_context else 'without'}.json"
+        return name, selectors.predictions(run)
+
+    name, found = await read(find)
+    return _file(json.dumps(found, indent=1, ensure_ascii=False) + "\n", name, "application/json")
 
 
 async def stop_run(request: HttpRequest, id: UUID) -> dict[str, Any]:

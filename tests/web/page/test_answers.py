@@ -48,7 +48,7 @@ def test_a_passage_comes_from_a_file_and_is_stored_once(tab, tmp_path):
         tab.page.click("[aria-label='Ask without the passage']")
         tab.expect(tab.page.locator("#chips")).to_be_empty()
     tab.page.click("#attach")
-    tab.page.get_by_role("list", name="Used before").get_by_role("button", name="fox.txt").click()
+    tab.page.get_by_role("list", name="Used before").get_by_role("button", name="fox.txt", exact=True).click()
     tab.expect(tab.page.locator("#passage-text")).to_have_text(FOX)
     assert len([each for each in tab.api("/api/passages")["passages"] if each["title"] == "fox.txt"]) == 1
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")

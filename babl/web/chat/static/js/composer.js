@@ -218,7 +218,18 @@ export class Composer {
     const { passages } = await call("GET", "/api/passages").catch(() => ({ passages: [] }));
     $("attach-earlier-heading").hidden = !passages.length;
     list.replaceChildren(...passages.slice(0, 30).map((each) =>
-      h("li", {}, h("button", { type: "button", text: each.title, dir: "auto", onclick: () => (this.use(each), $("attach-dialog").close("earlier")) }))));
+      h("li", { class: "row" },
+        h("button", { type: "button", text: each.title, dir: "auto", onclick: () => (this.use(each), $("attach-dialog").close("earlier")) }),
+        h("button", { type: "button", class: "plain-button small", text: "Remove", "aria-label": `Remove ${each.title}`, onclick: () => this.#forget(each) }))));
+  }
+
+  async #forget({ id }) {
+    try {
+      await call("DELETE", `/api/passages/${id}`);
+      await this.#earlier();
+    } catch (error) {
+      $("attach-dialog").querySelector(".problem").textContent = error.message;
+    }
   }
 
   async #file(file, inDialog) {

@@ -53,7 +53,7 @@ function card(set) {
     if (await attempt(call("POST", `/api/sets/${set.id}/runs`, { model: form.get("model"), with_context: form.has("context") }))) await refresh();
   };
   const remove = async () => {
-    if (await confirmed(`“${set.name}” and the answers to it will be gone for good.`, "Delete")) {
+    if (await confirmed(`“${set.name}”, its passages that nothing else uses, and the answers to it will be gone for good.`, "Delete")) {
       await attempt(call("DELETE", `/api/sets/${set.id}`));
       await refresh();
     }
@@ -92,13 +92,15 @@ function runs(set) {
     h("th", { scope: "row", text: run.model, dir: "auto" }),
     h("td", { text: run.with_context ? "with" : "without" }),
     h("td", {}, h("progress", { max: run.questions, value: run.answered, "aria-label": "answered" }), ` ${run.answered} / ${run.questions} `,
+      run.skipped ? h("span", { class: "warning", text: `${run.skipped} skipped `, title: "Too long for this model; counted as answered with nothing" }) : null,
       ENDS[run.status] && h("span", { class: "warning", text: ENDS[run.status], title: run.error_message }),
       LIVE.includes(run.status) ? act(run, "stop") : run.status === "done" ? null : act(run, "resume")),
     h("td", { class: "number", text: run.exact === null ? "" : score(run.exact) }),
     h("td", { class: "number", text: run.f1 === null ? "" : score(run.f1) }),
+    h("td", {}, run.answered ? h("a", { href: `/api/runs/${run.id}/predictions`, download: "", text: "Predictions", "aria-label": `Predictions of ${name(run)}` }) : null),
     radio(run, "a"), radio(run, "b")));
   return h("div", { class: "wide", tabindex: "0", role: "group", "aria-label": `Runs of ${set.name}` },
-    h("table", {}, h("thead", {}, h("tr", {}, ["Model", "Passages", "Answered", "EM", "F1", "Before", "After"].map((text) => h("th", { scope: "col", text })))), h("tbody", {}, rows)),
+    h("table", {}, h("thead", {}, h("tr", {}, ["Model", "Passages", "Answered", "EM", "F1", "", "Before", "After"].map((text) => h(text ? "th" : "td", { scope: text ? "col" : null, text })))), h("tbody", {}, rows)),
     set.runs.length > 1 ? h("p", {}, h("button", { type: "button", class: "plain-button", text: "Compare question by question", onclick: compare, "data-focus": `compare-${set.id}` })) : null);
 }
 

@@ -40,7 +40,9 @@ VARIANTS = {
     "T5 gated SiLU": ("T5", T5 | {"feed_forward_proj": "gated-silu"} | UNTIED),
     "ByT5: deep encoder, bytes": ("T5", GATED | {"num_decoder_layers": 1} | UNTIED),
     "mT5": ("MT5", GATED | UNTIED),
+    "mT5, tied head": ("MT5", GATED | TIED),
     "UMT5: position biases in every block": ("UMT5", GATED | UNTIED),
+    "UMT5, tied head": ("UMT5", GATED | TIED),
     "LLaMA, as many key heads as heads": ("Llama", LLAMA | {"num_key_value_heads": 4}),
     "LLaMA 2 and 3, grouped heads": ("Llama", LLAMA),
     "LLaMA, tied head": ("Llama", LLAMA | TIED),
@@ -149,7 +151,7 @@ def theirs(family, folder, dtype=torch.float32):
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     if family == "UMT5":  # 5.17 takes every head for tied, and scales its input; 4.57 and T5X do so where it is
-        model.config.tie_word_embeddings = False
+        model.config.tie_word_embeddings = model.lm_head.weight is model.shared.weight
     return model.eval()
 
 

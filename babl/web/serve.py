@@ -86,8 +86,14 @@ def serve(place: Place) -> int:
     """Returns 0 once the server was told to end, by SIGTERM or Ctrl-C, and has.
 
     Raises:
-        UserError: The address would be open to others without login, or is taken; or another server has this data.
+        UserError: The address would be open to others without login, or is taken; another server has this data; or a
+            folder of models is none.
     """
+    for folder in place.models:
+        if not folder.is_dir():
+            raise UserError(
+                f"--models: {folder} is no folder; name one that has models, or a model (`babl pull` makes one)"
+            )
     _check_address(place.host)
     listening = _listen(place.host, place.port)
     with _only_one(_private(place.data)):

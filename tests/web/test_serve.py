@@ -45,6 +45,9 @@ def test_what_is_taken_is_said(server, tmp_path):
     if server.environment:  # PostgreSQL, which two could share without sharing the folder
         at = ("--data", tmp_path / "other", "--port", 0)
         assert "DATABASE_URL: another server has this database" in refused(*at, **server.environment)
+    nowhere = f"--models: {tmp_path / 'none'} is no folder; name one that has models, or a model"
+    assert nowhere in refused("--data", tmp_path / "new", "--models", tmp_path / "none")
+    assert not (tmp_path / "new").exists()
     (tmp_path / "file").touch()
     assert "file cannot be written (" in refused("--data", tmp_path / "file", "--port", 0)
 

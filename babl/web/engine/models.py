@@ -26,9 +26,14 @@ DIGITS = 12  # of a sha256, to name weights and tokenizers by
 
 
 def find_models(folders: Sequence[Path]) -> dict[str, Path]:
-    """Returns the model folders by name: their path inside the folder searched; where two agree, the first one's."""
+    """Returns the model folders by name: their path inside the folder searched; where two agree, the first one's.
+
+    A folder that is itself a model has the name of the folder.
+    """
     found: dict[str, Path] = {}
     for folder in folders:
+        if (folder / "config.json").is_file():
+            found.setdefault(folder.name, folder)
         for pattern in PATTERNS:
             for path in sorted(folder.glob(pattern)):
                 name = path.relative_to(folder)

@@ -333,6 +333,7 @@ def test_what_demo_and_train_leave_is_found(folder, tmp_path):
     assert list(models.find_models([tmp_path])) == ["demo/model-gold", "run/checkpoints/latest"]
     assert models.find_models([folder, tmp_path])["t5"] == folder / "t5"
     assert models.find_models([tmp_path / "absent"]) == {}
+    assert models.find_models([folder / "t5"]) == {"t5": folder / "t5"}
 
 
 def test_unloading_is_refused_while_it_writes(hand, loop, complete):

@@ -1,5 +1,6 @@
 """The application uvicorn serves: the hub lives as long as it, and files and /healthz never wait for Django."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -15,8 +16,15 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
+BODY_SECONDS = 30.0  # between two pieces of a body
+
+
 class TooLong(Exception):
     """A request has more bytes than its address takes."""
+
+
+class TooSlow(Exception):
+    """The next piece of a request's body does not come."""
 
 
 class Application:
@@ -55,6 +63,8 @@ class Application:
             await self._django(scope, _at_most(receive, most), send)
         except TooLong:  # Django reads the whole body before it answers anything
             await _respond(send, 413, b"the request is too long\n")
+        except TooSlow:
+            await _respond(send, 408, b"the rest of the request did not come\n")
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -77,12 +87,20 @@ async def _respond(send: Send, status: int, body: bytes) -> None:
 
 
 def _at_most(receive: Receive, most: int) -> Receive:
-    """Returns a receiver that raises `TooLong` at more than `most` bytes, whatever length the request says."""
-    got = 0
+    """Returns a receiver of at most `most` bytes, whatever length the request says, none of them waited for long.
+
+    It raises `TooLong` or `TooSlow`; after the body, it waits for ever for the client to leave.
+    """
+    got, more = 0, True
 
     async def counting() -> MutableMapping[str, Any]:
-        nonlocal got
-        message = await receive()
+        nonlocal got, more
+        try:
+            async with asyncio.timeout(BODY_SECONDS if more else None):
+                message = await receive()
+        except TimeoutError:
+            raise TooSlow from None
+        more = message.get("more_body", False)
         got += len(message.get("body", b""))
         if got > most:
             raise TooLong

@@ -106,6 +106,7 @@ def serve(place: Place) -> int:
         from babl.web.chat.database import claim, write
         from babl.web.chat.hub import hub
         from babl.web.chat.services import local_user
+        from babl.web.connections import Connection, allow_many
         from babl.web.engine.client import DEFAULT_FOLDERS, EngineClient
 
         if not asyncio.run(write(claim)):
@@ -137,8 +138,10 @@ def serve(place: Place) -> int:
                     where = link if settings.BABL_AUTH == "local" else link.address
                     print(f"Babl is at {where}  (Ctrl-C ends it)", flush=True)
 
+        allow_many()
         config = uvicorn.Config(
             Application(open_hub, hub.close),
+            http=Connection,
             lifespan="on",
             log_level="warning",
             access_log=False,

@@ -5,7 +5,7 @@ import sys
 
 from babl import __version__
 from babl.commands import asking, browser, folders, machine, scoring, training
-from babl.errors import UserError
+from babl.errors import EXTRA_OF, UserError, not_installed
 
 VERBS = (  # in the order of `babl --help`
     training.add_demo,
@@ -52,6 +52,12 @@ def main(argv: list[str] | None = None) -> int:
         if args.debug:
             raise
         print(f"babl {args.verb}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:  # a verb whose extra is not there
+        module = error.name or ""
+        if args.debug or module.partition(".")[0] not in EXTRA_OF:
+            raise
+        print(f"babl {args.verb}: {not_installed(module)}", file=sys.stderr)
         return 2
     except FloatingPointError as error:  # a model whose logits are no numbers
         if args.debug:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from babl import kernels, rng  # type: ignore[attr-defined]  # kernels: packaged from the folder beside this one
-from babl.errors import UserError
+from babl.errors import UserError, not_installed
 
 MODES = ("auto", "on", "off")
 VARIABLE = "BABL_KERNELS"
@@ -47,7 +47,7 @@ def use_kernels(mode: str | None = None) -> None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     installed = importlib.util.find_spec("triton") is not None
     if chosen == "on" and not installed:
-        raise UserError(f"{name} is 'on', but triton is not installed")
+        raise UserError(f"{name} is 'on', but {not_installed('triton')}")
     if chosen == "on" and not (interpreted or torch.cuda.is_available()):
         raise UserError(f"{name} is 'on', but there is no GPU (TRITON_INTERPRET=1 runs kernels on a CPU, for tests)")
     _mode = os.environ[VARIABLE] = chosen

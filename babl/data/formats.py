@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from babl.errors import UserError
+from babl.errors import UserError, not_installed
 from babl.files import joint_hash
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # of a folder's data files, or these and .gz
@@ -197,9 +197,7 @@ def _parquet(file: Path, data: bytes) -> tuple[list[str], Iterator[dict[str, Any
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ModuleNotFoundError:
-        raise UserError(
-            f'{file}: Parquet is read by pyarrow, which is not installed; pip install "babl[data]"'
-        ) from None
+        raise UserError(f"{file}: Parquet is read by pyarrow, and {not_installed('pyarrow')}") from None
     try:
         table = pq.ParquetFile(pa.BufferReader(data))
         names = table.schema_arrow.names

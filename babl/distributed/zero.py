@@ -29,7 +29,7 @@ from babl.distributed.base import (
 from babl.distributed.compiler import check_locks
 from babl.distributed.env import World, start_group
 from babl.distributed.trial import check_flat
-from babl.errors import UserError
+from babl.errors import UserError, not_installed
 
 ELSEWHERE = {"optimizer": "[optim]", "scheduler": "[optim]", "gradient_clipping": "optim.max_grad_norm"}
 LAYOUTS = (
@@ -312,8 +312,6 @@ def _deepspeed(backend: str, device: torch.device) -> Any:
         with redirect_stdout(sys.stderr):  # its log goes where stdout is now
             import deepspeed
     except ImportError:
-        raise UserError(
-            f'distributed.backend is "{backend}", but deepspeed is not installed: pip install deepspeed'
-        ) from None
+        raise UserError(f'distributed.backend is "{backend}", but {not_installed("deepspeed")}') from None
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # in its own calls
     return deepspeed

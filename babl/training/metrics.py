@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from babl.errors import UserError
+from babl.errors import UserError, not_installed
 from babl.files import write_whole
 
 CLOCK_FIELDS = ("tokens_per_second", "peak_memory_bytes")  # all that may differ between two runs of the same thing
@@ -117,7 +117,5 @@ def _summary_writer(folder: Path, last_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError(
-            "train.tensorboard is true, but tensorboard is not installed: pip install tensorboard"
-        ) from None
+        raise UserError(f"train.tensorboard is true, but {not_installed('tensorboard')}") from None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=last_step)

@@ -384,5 +384,7 @@ def test_settings_that_deepspeed_does_not_know_are_refused_in_its_words(tmp_path
 def test_without_deepspeed_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     backend = make_backend(DistributedConfig("zero2"), ALONE, False)
-    with pytest.raises(UserError, match=r'backend is "zero2", but deepspeed is not installed: pip install deepspeed'):
+    with pytest.raises(
+        UserError, match=r'backend is "zero2", but deepspeed is not installed: pip install "babl\[deepspeed\]"'
+    ):
         backend.setup(tiny("t5"), partial(make_optimizer, cfg=OptimConfig()))

@@ -129,6 +129,7 @@ TEMPLATES = [
 DATABASES: dict[str, Any] = {}
 if os.environ.get("DATABASE_URL"):
     DATABASES["default"] = _database(os.environ["DATABASE_URL"])
+    DATABASES["default"]["CONN_HEALTH_CHECKS"] = True  # the database may have been started anew
     DATABASES["default"]["OPTIONS"] = DATABASES["default"].get("OPTIONS", {}) | {
         "pool": {"min_size": 1, "max_size": 10, "timeout": 20},
         "options": "-c statement_timeout=30000",

@@ -168,8 +168,13 @@ class PostgreSQL:
             shutil.chown(self.folder, "postgres", "postgres")
         self._programs, self._data = programs, self.folder / "data"
         self._run("initdb", "-D", self._data, "-A", "trust", "-U", "babl", "-N", "-E", "UTF8", "--locale=C.UTF-8")
+        self.control("start")
+
+    def control(self, action: str) -> None:
         options = f"-k {self.folder} -c listen_addresses= -c fsync=off -c max_connections=60"
-        self._run("pg_ctl", "-D", self._data, "-w", "-l", self.folder / "log", "-o", options, "start")
+        log = ("-l", self.folder / "log", "-o", options) if action != "stop" else ()
+        mode = ("-m", "immediate") if action != "start" else ()
+        self._run("pg_ctl", "-D", self._data, *mode, "-w", *log, action)
 
     def _run(self, program: str, *arguments: object) -> None:
         command = [*self._as, str(self._programs / program), *map(str, arguments)]
@@ -183,7 +188,7 @@ class PostgreSQL:
         return f"postgres://babl@{str(self.folder).replace('/', '%2F')}/{name}"
 
     def end(self) -> None:
-        self._run("pg_ctl", "-D", self._data, "-m", "immediate", "-w", "stop")
+        self.control("stop")
         shutil.rmtree(self.folder)
 
 

@@ -1,7 +1,9 @@
 """What is left when something breaks: the question, and the answer as far as it came."""
 
+import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -256,3 +258,20 @@ def test_an_idle_server_ends_at_once_and_leaves_no_process(tmp_path, serving, si
         assert server.process.wait(15) == 0
         assert time.monotonic() - begun < 8
         assert not engine.is_running()
+
+
+def test_a_restarted_postgresql_costs_no_word_and_the_server_keeps_the_database(postgresql, serving, tmp_path):
+    environment = {"DATABASE_URL": postgresql.database()}
+    command = [sys.executable, "-m", "babl.cli", "serve", "--data", str(tmp_path / "other"), "--port", "0"]
+    with serving(tmp_path / "one", environment) as server:
+        me = server.person()
+        id = me.conversation()
+        asked = me.ask(id, "tokens=150 delay=0.02 alpha beta")
+        partial(me, id)
+        postgresql.control("restart")
+        answer = me.answer(asked)
+        assert answer["status"] == "done" and answer["content"].split() == ["alpha", "beta"] * 75
+        wait_for(lambda: me.thread(id)["messages"][-1]["content"] == answer["content"])
+        other = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
+        assert other.returncode == 2 and "DATABASE_URL: another server has this database" in other.stderr
+        assert me.answer(me.ask(id, "tokens=1 delay=0 on", parent=answer["id"]))["content"] == "on"

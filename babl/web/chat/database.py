@@ -6,12 +6,13 @@ wait for a lock, only one connection moves its journal, and what two requests wa
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
-from django.db import connection
+from django.db import OperationalError, connection
 from django.db.backends.signals import connection_created
 from django.dispatch import receiver
 
@@ -21,7 +22,10 @@ NAME = "babl-writer"
 CLAIM = 0x6261626C  # a number that stands for servers of Babl
 PAGES = 1000  # of the journal, before it is moved into the database
 
+CLAIM_SECONDS = 5.0  # until PostgreSQL has noticed that the connection which had the claim is gone
+
 _writer = ThreadPoolExecutor(1, NAME)
+_claimed = False
 
 
 async def write(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -38,11 +42,15 @@ def _on_connection(function: Callable[[], T]) -> T:
 def claim() -> bool:
     """Returns whether no other server has this database, as far as PostgreSQL knows; then it is the caller's.
 
-    Called on the writer's thread, whose connection keeps the claim. Two servers that share an embedded database share
-    its folder, which `babl.web.serve` sees to.
+    Called on the writer's thread, whose connection keeps the claim, and takes it again where it had to be made anew.
+    Two servers that share an embedded database share its folder, which `babl.web.serve` sees to.
     """
-    if connection.vendor != "postgresql":
-        return True
+    global _claimed
+    _claimed = connection.vendor != "postgresql" or _take(connection)
+    return _claimed
+
+
+def _take(connection: Any) -> bool:
     with connection.cursor() as cursor:
         cursor.execute("SELECT pg_try_advisory_lock(%s)", [CLAIM])
         return cursor.fetchone()[0]
@@ -54,6 +62,13 @@ def _keep_the_writers(connection: Any, **_: Any) -> None:
     if not threading.current_thread().name.startswith(NAME):
         return
     connection.close_at = None
+    if _claimed and connection.vendor == "postgresql":
+        deadline = time.monotonic() + CLAIM_SECONDS
+        while not _take(connection):
+            if time.monotonic() > deadline:
+                connection.close()
+                raise OperationalError("another server has taken this database")
+            time.sleep(0.1)
     if connection.vendor == "sqlite":
         with connection.cursor() as cursor:
             cursor.execute(f"PRAGMA wal_autocheckpoint={PAGES}")

@@ -385,6 +385,11 @@ class Engine:
         pack(model)
         return cls(model, load_tokenizer(folder), str(folder))
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values of one token."""
+        return 2 * math.prod(self.model.config.cache_shape) * next(self.model.parameters()).element_size()
+
     def prompt_limit(self, max_new_tokens: int) -> int | None:
         """Returns the most tokens of a prompt that leave room for an answer, see `prompt_limit`."""
         return prompt_limit(self.model.context_length, max_new_tokens)

@@ -104,8 +104,9 @@ class Cache:
             hidden = torch.finfo(self.cross_bias.dtype).min
             biases = (self.cross_bias, other.cross_bias)
             self.cross_bias = torch.cat([F.pad(b, (0, source - b.shape[-1]), value=hidden) for b in biases])
-        self.keys = [_stacked(k, other_k, room) for k, other_k in zip(self.keys, other.keys, strict=True)]
-        self.values = [_stacked(v, other_v, room) for v, other_v in zip(self.values, other.values, strict=True)]
+        for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            for layer, x in enumerate(theirs):  # what a layer had goes as what it has now comes
+                ours[layer] = _stacked(ours[layer], x, room)
         self.lengths = torch.cat((self.lengths, other.lengths))
         self.reach = int(self.lengths.max())
 

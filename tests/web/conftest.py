@@ -200,14 +200,27 @@ def pytest_collection_modifyitems(items):
             item.add_marker("slow")
 
 
-@pytest.fixture(scope="session")
-def postgresql():
+@contextlib.contextmanager
+def cluster():
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[4]))
     if not found and not (on_path := shutil.which("initdb")):
         pytest.skip("no PostgreSQL server here (Debian: apt-get install postgresql)")
-    cluster = PostgreSQL(found[-1].parent if found else Path(on_path).parent)
-    yield cluster
-    cluster.end()
+    made = PostgreSQL(found[-1].parent if found else Path(on_path).parent)
+    yield made
+    made.end()
+
+
+@pytest.fixture(scope="session")
+def postgresql():
+    with cluster() as made:
+        yield made
+
+
+@pytest.fixture
+def own_postgresql():
+    """A cluster that a test may start anew."""
+    with cluster() as made:
+        yield made
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])

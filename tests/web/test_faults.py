@@ -260,15 +260,15 @@ def test_an_idle_server_ends_at_once_and_leaves_no_process(tmp_path, serving, si
         assert not engine.is_running()
 
 
-def test_a_restarted_postgresql_costs_no_word_and_the_server_keeps_the_database(postgresql, serving, tmp_path):
-    environment = {"DATABASE_URL": postgresql.database()}
+def test_a_restarted_postgresql_costs_no_word_and_the_server_keeps_the_database(own_postgresql, serving, tmp_path):
+    environment = {"DATABASE_URL": own_postgresql.database()}
     command = [sys.executable, "-m", "babl.cli", "serve", "--data", str(tmp_path / "other"), "--port", "0"]
     with serving(tmp_path / "one", environment) as server:
         me = server.person()
         id = me.conversation()
         asked = me.ask(id, "tokens=150 delay=0.02 alpha beta")
         partial(me, id)
-        postgresql.control("restart")
+        own_postgresql.control("restart")
         answer = me.answer(asked)
         assert answer["status"] == "done" and answer["content"].split() == ["alpha", "beta"] * 75
         wait_for(lambda: me.thread(id)["messages"][-1]["content"] == answer["content"])

@@ -43,6 +43,10 @@ class Prepared:
         """Of all prompts."""
         return sum(map(len, self.prompts))
 
+    def rooms(self) -> list[int]:
+        """Returns the tokens for which each prompt and its answer need keys and values."""
+        return [len(prompt) + self.config.max_new_tokens for prompt in self.prompts]
+
     def counted(self) -> Counted:
         """Returns the figures for who has not sent it yet."""
         over = sum(max(0, len(prompt) - self.most) for prompt in self.prompts)

@@ -21,6 +21,7 @@ import psutil
 from babl.errors import UserError
 from babl.generation.conversation import Reader
 from babl.generation.engine import Decoding, Row, Scored
+from babl.generation.memory import SPARE, free_memory
 from babl.text import Tokenizer
 from babl.text.prompts import clean_answer
 from babl.web.engine import models
@@ -81,6 +82,12 @@ class Desk:
         self.writing: dict[bool, Decoding] = {}  # whether it drafts, as questions do -> those who write
         self.read_tokens = READ_TOKENS[0]
         self._turn = 0
+
+    def cache_bytes(self, *tasks: Task) -> int:
+        """Returns what keys and values take of those answered and of these tasks; each row has the longest's room."""
+        rooms = [room for task in (*self.tasks, *tasks) if task.prepared for room in task.prepared.rooms()]
+        longest = min(max(rooms, default=0), self.loaded.reader.context or sys.maxsize)
+        return len(rooms) * longest * self.loaded.engine.cache_bytes
 
     def begin(self, tasks: list[Task]) -> None:
         """The tasks' prompts are going to be read, those of like length together."""
@@ -176,6 +183,7 @@ class Scheduler:
         self._loads: dict[str, asyncio.Task[str]] = {}
         self._one_load = asyncio.Lock()
         self._readers: dict[str, Reader] = {}
+        self._room = 0  # bytes that caches may take
         self._seconds = 1.0  # that an answer takes, lately
         self._awake = asyncio.Event()
 
@@ -308,6 +316,9 @@ class Scheduler:
                 task.prepared.check()
                 for ids in task.prepared.prompts:
                     loaded.engine.check(ids)
+                if not self._has_room(task, [*running, task]):
+                    self._waiting.give_back(task)
+                    break
             except UserError as error:
                 self.emit(Failed(task.id, "prompt", str(error)))
                 continue
@@ -330,6 +341,27 @@ class Scheduler:
                 task.told_loading = True
                 self.emit(Loading(task.id, task.request.model))
         self._tell_positions()
+
+    def _has_room(self, task: Task, running: list[Task]) -> bool:
+        """Returns whether there is memory for the keys and values of these, of which the task is the last.
+
+        Raises:
+            UserError: There is too little for the task alone.
+        """
+        if len(running) == 1:  # what is free then is what caches may take
+            self._room = free_memory(self._desks[task.request.model].loaded.engine.device.type) - SPARE
+        needed = 0
+        for name, desk in self._desks.items():
+            new = [each for each in running if each.request.model == name and each not in desk.tasks]
+            needed += desk.cache_bytes(*new)
+        if needed <= self._room:
+            return True
+        alone = Desk(self._desks[task.request.model].loaded).cache_bytes(task)
+        if len(running) == 1 or alone > self._room:
+            needed, free = -(-alone >> 20), max(0, self._room) >> 20
+            what = f"the answer needs {needed:,} MiB for its keys and values, but {free:,} MiB are free"
+            raise UserError(f"{what}; ask for fewer tokens")
+        return False
 
     def _may_go(self, task: Task, running: list[Task]) -> bool:
         others = sum(other.user == task.user for other in running)

@@ -39,6 +39,12 @@ class Turns(Generic[W]):
         """It stands behind its user's others."""
         self._queues.setdefault(waiting.user, deque()).append(waiting)
 
+    def give_back(self, waiting: W) -> None:
+        """It, which was taken, stands before all others again."""
+        own = self._queues.pop(waiting.user, deque())
+        own.appendleft(waiting)
+        self._queues = {waiting.user: own, **self._queues}
+
     def take(self, may: Callable[[W], bool]) -> W | None:
         """Returns the next of those that may go, which has left; None where none may. Its user comes last now."""
         found = next((waiting for waiting in self if may(waiting)), None)

@@ -1,6 +1,7 @@
 """The scheduler, turned by hand: what is answered, in which order, and how soon a cancel is seen."""
 
 import asyncio
+import json
 import math
 import socket
 import threading
@@ -13,7 +14,9 @@ from babl.data.contexts import View
 from babl.errors import UserError
 from babl.evaluation.predictions import Asking, predict
 from babl.generation import GenerationConfig
+from babl.generation.memory import SPARE
 from babl.web.engine import models
+from babl.web.engine import scheduler as scheduler_module
 from babl.web.engine.protocol import Done, Failed, Queued, Reading
 
 LONG = "the small fox reads a long book about old rivers and the town where nobody asks who answers what. " * 9
@@ -113,6 +116,26 @@ def test_hundreds_of_windows_hold_nobody_up(hand, loop, ask, chat):
     assert reading > 20 and made.scheduler.steps < 20
     made.scheduler.cancel(many)
     assert not made.scheduler._desks["t5"].reading
+
+
+def test_answers_wait_until_there_is_memory_for_their_keys_and_values(hand, folder, complete, monkeypatch):
+    made = hand("bloom")
+    made.endless("bloom")
+    tokens = len(made.scheduler._desks["bloom"].loaded.reader.tokenizer.encode("the fox")) + 100
+    config = json.loads((folder / "bloom" / "config.json").read_text())
+    a_row = 2 * config["n_layer"] * config["hidden_size"] * 4 * tokens  # keys and values in fp32
+    monkeypatch.setattr(scheduler_module, "free_memory", lambda device: SPARE + 3 * a_row + a_row // 2)
+    ids = made.submit(*(complete("bloom", "the fox", max_new_tokens=100, user=str(i)) for i in range(8)))
+    seen = 0
+    while not all(isinstance(made.last(id), Done) for id in ids):
+        made.turn(1)
+        seen = max(seen, len(made.scheduler._running()))
+    assert seen == 3 and all(made.last(id).tokens == 100 for id in ids)
+    (large,) = made.submit(complete("bloom", "the fox", max_new_tokens=1000))
+    made.turn(1)
+    needed = -(-a_row * (tokens + 900) // tokens >> 20)
+    said = f"the answer needs {needed} MiB for its keys and values, but {3 * a_row + a_row // 2 >> 20} MiB are free"
+    assert (made.last(large).code, said in made.last(large).message) == ("prompt", True), made.last(large)
 
 
 def test_models_take_turns(hand, loop, complete):

@@ -10,9 +10,9 @@ import uuid
 import httpx
 
 BACKSLASHES = "\\" * 40
-FENCES = [
-    "scala", "terraform", "systemd", "chapel", "rego", "tads3", "python", "json", "bash",
-    "html", "css", "sql", "cpp", "rust", "yaml", "javascript", "go", "c",
+FENCES = [  # each language that is highlighted, by its names, and some that pygments does not come back from
+    "python", "py", "json", "bash", "sh", "javascript", "js", "typescript", "html", "css", "sql", "c", "cpp", "java",
+    "rust", "go", "yaml", "toml", "diff", "scala", "terraform", "systemd", "chapel", "rego", "tads3",
 ]  # fmt: skip
 PAYLOADS = [f'```{name}\n"{BACKSLASHES}\n```' for name in FENCES] + [
     f"```tads3\nextern //{BACKSLASHES}\n```",
@@ -35,6 +35,30 @@ PAYLOADS = [f'```{name}\n"{BACKSLASHES}\n```' for name in FENCES] + [
     '```html\n<a "' + "<" * 15_000 + "\n```",
 ]
 NEXT = "tokens=3 the next question"
+DEEP = "[" * 100_000 + "]" * 100_000
+HUGE = "n" * 1_000_000
+DATES = ("0001-01-01T00:00:00Z", "9999-12-31T23:59:59+14:00", "2026-02-30T00:00:00", "2026-01-01", "soon", 2**70)
+FILE = {"format": "babl-conversations", "version": 1, "passages": [], "conversations": []}
+PASSAGE = {"id": str(uuid.uuid4()), "title": "t", "text": "a", "created": "2026-01-01T00:00:00Z"}
+DOORS = [  # what else can be sent, and must be answered with a refusal or a success
+    *[("POST", "/api/conversations", {"settings": {"seed": seed}}) for seed in (2**70, -(2**70), 1e308, "1", DEEP)],
+    *[("POST", "/api/conversations", {"title": title}) for title in (HUGE, "\u202e" * 199, "\0", "\u200b" * 150, [])],
+    *[("POST", "/api/import", FILE | {"passages": [PASSAGE | {"created": date}]}) for date in DATES],
+    ("POST", "/api/import", FILE | {"passages": [PASSAGE | {"text": HUGE + HUGE}]}),
+    ("POST", "/api/import", FILE | {"version": 2**70}),
+    ("POST", "/api/import", DEEP),
+    ("POST", "/api/sets", DEEP),
+    ("POST", "/api/sets", {"version": "1.1", "data": [{"title": HUGE, "paragraphs": [{"context": "a", "qas": []}]}]}),
+    ("POST", "/api/passages", {"text": HUGE + HUGE}),
+    ("POST", "/api/passages", {"text": "<" * 900_000, "title": HUGE}),
+    ("POST", "/api/count", {"content": "a " * 49_000, "model": "../../etc/passwd"}),
+    ("POST", "/api/models/load", {"model": "../" * 1_000}),
+    ("POST", "/api/models/load", {"model": "<img src=x onerror=alert(1)>"}),
+    ("POST", "/api/keys", {"name": HUGE}),
+    ("GET", "/api/conversations?q=" + "%27" * 2_000, None),
+    ("GET", "/api/conversations?q=" + "(" * 6_000, None),
+    ("GET", "/api/events?" + "&".join(f"g={uuid.uuid4()}" for _ in range(120)), None),
+]
 
 
 @contextlib.contextmanager
@@ -84,6 +108,9 @@ def test_no_message_stops_the_others(server):
     with watched(server.address) as calm:
         time.sleep(1)
     with watched(server.address) as seconds:
+        for method, path, body in DOORS:
+            content = body if isinstance(body, str) else None if body is None else json.dumps(body)
+            assert me.http.request(method, path, content=content).status_code < 500, (method, path, str(body)[:80])
         for id, payload in zip(answers, PAYLOADS, strict=True):
             shown = me.thread(id)["messages"][-1]
             assert shown["content"] == payload

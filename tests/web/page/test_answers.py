@@ -210,3 +210,13 @@ def test_a_key_is_shown_once_and_revoked(tab):
     tab.page.click("[aria-label='Revoke laptop']")
     tab.page.click("#confirm [value=yes]")
     tab.expect(tab.page.locator("#keys")).to_be_empty()
+
+
+def test_an_example_is_there_to_be_tried(tab):
+    tab.page.get_by_role("button", name="Try an example").click()
+    field = tab.page.get_by_role("textbox", name="Your question")
+    tab.expect(field).to_have_value("Who brought electric light to the lighthouse?")
+    tab.expect(field).to_be_focused()
+    tab.page.get_by_role("button", name="Send").click()
+    tab.expect(tab.page.locator(".turn.user .chip")).to_have_text("The lighthouse of Varn")
+    tab.expect(tab.page.locator(".evidence")).to_contain_text("In the passage")

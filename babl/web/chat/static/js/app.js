@@ -6,6 +6,7 @@ import { fillIcons, menu, show, toast } from "./dom.js";
 import { Models } from "./models.js";
 import { askOptions, changed } from "./options.js";
 import { Panel } from "./panel.js";
+import { store } from "./passages.js";
 import * as shortcuts from "./shortcuts.js";
 import { Sidebar } from "./sidebar.js";
 import { answers, EMPTY, find, isLive, reduce, summary } from "./state.js";
@@ -13,6 +14,11 @@ import { newId } from "./text.js";
 import { Transcript } from "./transcript.js";
 
 const $ = (id) => document.getElementById(id);
+const EXAMPLE = {
+  title: "The lighthouse of Varn",
+  text: "The lighthouse of Varn stands on the northern cape. Ines Okafor built it in 1874, after forty ships had been lost there in ten years. Its lamp burned whale oil until 1911, when the keeper's daughter, Mara Lind, brought electric light from the mill. Today nobody lives in the tower, and swifts nest under its roof.",
+  question: "Who brought electric light to the lighthouse?",
+};
 const others = new BroadcastChannel("babl"); // tabs of this browser
 let state = EMPTY;
 let fresh = { system_prompt: "", settings: {} }; // how a conversation that is not stored yet is answered
@@ -389,6 +395,15 @@ $("take-back").addEventListener("click", () => attempt(change({ deleted: false }
 $("conversation-menu").addEventListener("click", () => menu($("conversation-menu"), sidebar.items(state.conversation)));
 $("welcome-passage").addEventListener("click", () => composer.attach());
 $("welcome-compare").addEventListener("click", () => composer.toggleCompare(true));
+$("welcome-example").addEventListener("click", async () => {
+  try {
+    composer.use(await store(EXAMPLE.text, EXAMPLE.title));
+    if (!composer.draft.content) composer.begin(EXAMPLE.question);
+    $("content").focus();
+  } catch (error) {
+    toast(error.message);
+  }
+});
 addEventListener("popstate", () => route(false));
 addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || event.defaultPrevented || document.querySelector("dialog[open], [popover]:popover-open")) return;
@@ -411,7 +426,7 @@ shortcuts.listen([
   ["c", "Compare", () => composer.toggleCompare()],
   ["g", "Give the right answer", () => composer.toggleGold()],
   ["m", "Models", () => models.open()],
-  ["s", "How it answers", options],
+  ["s", "Settings: how it answers", options],
   ["e", "Edit the last question", () => last("user") && composer.edit(last("user"))],
   ["r", "Answer again", () => last("assistant") && !isLive(last("assistant")) && !last("assistant").comparison && acts.again(last("assistant"))],
   ["[", "Branch before", () => branch(-1)],

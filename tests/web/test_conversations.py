@@ -187,3 +187,22 @@ def test_nothing_is_asked_in_a_conversation_that_is_in_the_trash(me):
     assert len(me.thread(id)["messages"]) == 2
     me.call("PATCH", f"/api/conversations/{id}", json={"deleted": False})
     me.answer(me.ask(id, "tokens=1 delay=0 twice", parent=answer["id"]))
+
+
+def test_a_comparison_is_asked_again_as_a_whole(me):
+    passage = me.call("POST", "/api/passages", json={"text": "Rudi bakes bread."})
+    id = me.conversation()
+    asked = me.ask(id, "tokens=1 delay=0 who?", passage=passage["id"], contexts=[True, False])
+    first = me.answers(asked)
+    assert [answer["content"] for answer in first] == ["Rudi", "who?"]
+    body = {"client_id": str(uuid.uuid4()), "model": "another", "settings": {"max_new_tokens": 5}}
+    again = me.call("POST", f"/api/messages/{first[1]['id']}/again", 201, json=body)
+    second = me.answers(again)
+    assert [(a["content"], a["with_context"], a["model"]) for a in second] == [
+        ("Rudi", True, "scripted"), ("who?", False, "scripted")
+    ]  # fmt: skip
+    shown = me.thread(id)["messages"][-1]
+    assert [column["id"] for column in shown["columns"]] == [answer["id"] for answer in second]
+    assert len(shown["siblings"]) == 2, "the first comparison, and this one"
+    same = me.call("POST", f"/api/messages/{first[0]['id']}/again", 200, json=body)
+    assert [answer["id"] for answer in same["answers"]] == [answer["id"] for answer in second]

@@ -310,30 +310,48 @@ def _placed(answer: Message, how: Generation) -> Message:
 def ask_again(user: Any, id: UUID, body: Again) -> Asked:
     """Returns the question of this answer with a further one waiting beside it; asked twice, it is stored once.
 
+    Where the answer stands side by side with others, all of them are asked again, each its model.
+
     Raises:
         Message.DoesNotExist: The user has no such answer.
-        Conflict: That answer is still being written, or the conversation is in the trash.
+        Conflict: One of those answers is still being written, or the conversation is in the trash.
     """
     before = selectors.message(user, id)
     if before.role != Message.Role.ASSISTANT:
         raise Message.DoesNotExist
-    conversation, question, old = before.conversation, before.parent, before.generation
+    conversation, question = before.conversation, before.parent
     there = conversation.messages.select_related("generation").filter(client_id=body.client_id).first()
     if there is not None:
-        return Asked(question, [there], [])
+        return Asked(question, _beside(there), [])
     _not_in_trash(conversation)
-    if old.status in LIVE:
+    columns = [each.generation for each in _beside(before)]
+    if any(each.status in LIVE for each in columns):
         raise Conflict("the answer is still being written")
-    answer = Message(conversation=conversation, parent=question, role=Message.Role.ASSISTANT, client_id=body.client_id)
-    how = Generation(
-        kind=old.kind,
-        model=_text("model", body.model or old.model, 200, least=1),
-        with_context=old.with_context if body.with_context is None else body.with_context,
-        settings=old.settings if body.settings is None else msgspec.to_builtins(body.settings),
-    )
-    conversation.leaf = _placed(answer, how)
+    alone = len(columns) == 1
+    answers: list[Message] = []
+    for i, column in enumerate(columns):
+        answer = Message(conversation=conversation, parent=question, role=Message.Role.ASSISTANT)
+        answer.client_id = None if i else body.client_id
+        how = Generation(
+            kind=column.kind,
+            model=_text("model", (alone and body.model) or column.model, 200, least=1),
+            with_context=column.with_context if body.with_context is None or not alone else body.with_context,
+            settings=column.settings if body.settings is None else msgspec.to_builtins(body.settings),
+            comparison=None if alone else (answers[0] if answers else answer).id,
+        )
+        answers.append(_placed(answer, how))
+    conversation.leaf = answers[0]
     _touch(conversation, "leaf")
-    return Asked(question, [answer], [selectors.request(how)])
+    return Asked(question, answers, [selectors.request(answer.generation) for answer in answers])
+
+
+def _beside(answer: Message) -> list[Message]:
+    """Returns the answers that stand side by side with this one, itself among them."""
+    comparison = answer.generation.comparison
+    if comparison is None:
+        return [answer]
+    there = answer.conversation.messages.filter(generation__comparison=comparison)
+    return list(there.select_related("generation").order_by("created", "id"))
 
 
 @transaction.atomic

@@ -428,7 +428,7 @@ shortcuts.listen([
   ["m", "Models", () => models.open()],
   ["s", "Settings: how it answers", options],
   ["e", "Edit the last question", () => last("user") && composer.edit(last("user"))],
-  ["r", "Answer again", () => last("assistant") && !isLive(last("assistant")) && !last("assistant").comparison && acts.again(last("assistant"))],
+  ["r", "Answer again", () => last("assistant") && !isLive(last("assistant")) && acts.again(last("assistant"))],
   ["[", "Branch before", () => branch(-1)],
   ["]", "Branch after", () => branch(1)],
   ["?", "This list", shortcuts.open],

@@ -139,7 +139,7 @@ export class Transcript {
     return h("article", { class: "turn comparison", id: `m-${message.id}`, tabindex: "-1", "aria-label": "Answers side by side" },
       h("h2", { text: "Side by side" }),
       h("div", { class: "columns" }, columns), this.#gains(parts),
-      h("div", { class: "acts" }, this.#branches(message)));
+      h("div", { class: "acts" }, this.#branches(message), parts.some(isLive) ? null : action("again", "Ask all again", () => this.acts.again(message))));
   }
 
   /** Returns what the passage gives each model that was asked with it and without it. */

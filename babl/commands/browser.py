@@ -18,13 +18,18 @@ def add_serve(verbs: Verbs) -> None:
     sub.add_argument("--port", type=int, default=8000, metavar="N", help="default 8000; 0 takes a free one")
     sub.add_argument("--data", type=Path, metavar="DIR", help="of the database; default BABL_HOME, else ~/.babl")
     sub.add_argument("--add-user", metavar="NAME", help="let NAME log in with a password it asks for, and end")
+    sub.add_argument("--remove-user", metavar="NAME", help="remove NAME and everything of theirs, and end")
 
 
 def serve(args: argparse.Namespace) -> int:
     """Serves the browser until it is told to end."""
-    from babl.web.serve import Place, add_user
+    from babl.web.serve import Place, add_user, remove_user
     from babl.web.serve import serve as run
 
+    if args.remove_user is not None:
+        number = remove_user(args.remove_user, args.data)
+        print(f"{args.remove_user} and {number:,} conversations are removed")
+        return 0
     if args.add_user is None:
         return run(Place(args.host, args.port, args.data, args.models))
     from getpass import getpass

@@ -156,23 +156,34 @@ def serve(place: Place) -> int:
 
 
 def add_user(name: str, password: str, data: Path | None = None) -> None:
-    """The user can log in with this password.
+    """The user can log in with this password alone: keys of the API and logins of before let nobody in any more.
 
     Raises:
         UserError: The password is too short.
     """
     prepare(Place(data=data))
-    from django.contrib.auth import get_user_model
     from django.contrib.auth.password_validation import validate_password
     from django.core.exceptions import ValidationError
+
+    from babl.web.chat.services import give_password
 
     try:
         validate_password(password)
     except ValidationError as error:
         raise UserError(" ".join(error.messages)) from None
-    user, _ = get_user_model().objects.get_or_create(username=name)
-    user.set_password(password)
-    user.save()
+    give_password(name, password)
+
+
+def remove_user(name: str, data: Path | None = None) -> int:
+    """Returns how many conversations are gone with the user, and all else that was theirs.
+
+    Raises:
+        UserError: There is no such user.
+    """
+    prepare(Place(data=data))
+    from babl.web.chat.services import remove_user as remove
+
+    return remove(name)
 
 
 def _check_address(host: str) -> None:

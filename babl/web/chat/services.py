@@ -28,6 +28,7 @@ from babl.web.chat.models import (
     Message,
     Passage,
     Question,
+    QuestionSet,
     Run,
     RunAnswer,
     Status,
@@ -438,6 +439,32 @@ def revoke_api_key(user: Any, id: UUID) -> None:
     key = ApiKey.objects.get(owner=user, id=id)
     key.revoked = key.revoked or timezone.now()
     key.save(update_fields=["revoked"])
+
+
+@transaction.atomic
+def give_password(name: str, password: str) -> None:
+    """The user, a new one or not, logs in with this password; keys of before let nobody in any more."""
+    user, _ = get_user_model().objects.get_or_create(username=name)
+    user.set_password(password)  # which ends the sessions of before
+    user.save()
+    selectors.api_keys(user).update(revoked=timezone.now())
+
+
+@transaction.atomic
+def remove_user(name: str) -> int:
+    """Returns how many conversations are gone with the user, and all else that was theirs.
+
+    Raises:
+        UserError: There is no such user.
+    """
+    user = get_user_model().objects.filter(username=name).first()
+    if user is None:
+        raise UserError(f"there is no user {name!r}")
+    conversations = list(Conversation.objects.filter(owner=user))
+    _purge(conversations)  # messages and questions keep the passages that they are about
+    QuestionSet.objects.filter(owner=user).delete()
+    user.delete()
+    return len(conversations)
 
 
 @transaction.atomic

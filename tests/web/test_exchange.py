@@ -17,7 +17,7 @@ def full(own):
     me.call("PUT", f"/api/messages/{second['id']}/feedback", json={"good": False, "span": [11, 22]})
     me.answer(me.ask(id, "tokens=2 and?", parent=first["id"]))
     me.answer(me.ask(id, "tokens=2 and then? \\u0000", parent=first["id"]))
-    me.answer(me.call("POST", f"/api/messages/{first['id']}/again", json={"client_id": str(uuid.uuid4())}))
+    me.answers(me.call("POST", f"/api/messages/{first['id']}/again", json={"client_id": str(uuid.uuid4())}))
     broken = me.answer(me.ask(me.conversation(title="Broken"), "tokens=3 after=1 fail=prompt x"))
     assert broken["status"] == "error"
     archived = me.conversation(title="Old")
@@ -46,7 +46,7 @@ def test_a_file_brings_everything_to_another_server_and_twice_changes_nothing(fu
         you = other.person()
         counted = you.call("POST", "/api/import", files={"file": ("babl.json", file)})
         tree = json.loads(file)
-        assert counted == {"conversations": 3, "messages": 10, "passages": 1}
+        assert counted == {"conversations": 3, "messages": 11, "passages": 1}
         copy = json.loads(exported(you))
         assert copy["conversations"] == tree["conversations"], "trees, branches, times, scores, feedback"
         assert [p["text"] for p in copy["passages"]] == [p["text"] for p in tree["passages"]]

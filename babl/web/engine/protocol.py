@@ -174,7 +174,7 @@ class Delta(msgspec.Struct, frozen=True, tag="delta"):
 
 
 class TokenScore(msgspec.Struct, frozen=True, array_like=True):
-    """A token and what the model thought of it where it stands, as `babl.generation.engine.Scored`, in text.
+    """A token and what the model thought of it where it stands, as `babl.generation.row.Scored`, in text.
 
     Attributes:
         text: Of the token, after those before it.

@@ -20,8 +20,9 @@ import psutil
 
 from babl.errors import UserError
 from babl.generation.conversation import Reader
-from babl.generation.engine import Decoding, Row, Scored
+from babl.generation.engine import Decoding
 from babl.generation.memory import SPARE, free_memory
+from babl.generation.row import Row, Scored
 from babl.text import Tokenizer
 from babl.text.prompts import clean_answer
 from babl.web.engine import models

@@ -34,9 +34,12 @@ def placement(device: str, dtype: str) -> tuple[str, torch.dtype]:
 
 
 def free_memory(device: str) -> int:
-    """Returns the bytes that are free on "cuda", or, for any other device, in the memory this process may have."""
+    """Returns the bytes that are free on "cuda", or, for any other device, in the memory this process may have.
+
+    What torch keeps of a GPU's memory and does not use is free, too.
+    """
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return min(psutil.virtual_memory().available, *left_of_limits(Path("/")))
 
 

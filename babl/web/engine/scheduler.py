@@ -389,6 +389,7 @@ class Scheduler:
             async with self._one_load:  # the memory that is free is compared with what one model needs
                 loaded = await asyncio.to_thread(models.load_model, model, self.folders, self.device, self.dtype)
             self._desks[model] = Desk(loaded)
+            self._room -= loaded.memory
         except UserError as error:
             reason = str(error)
         except Exception as error:  # such as memory that ran out after all

@@ -227,6 +227,13 @@ def test_questions_come_at_a_limited_rate(tmp_path, serving):
             me.ask(id, "tokens=1 x")
         refused = me.ask(id, "tokens=1 x", 429)
         assert refused["error"]["code"] == "rate" and 10 < refused["error"]["retry_after"] <= 20
+    with serving(tmp_path / "another", {"BABL_QUESTIONS_PER_MINUTE": "3"}) as server:
+        key = server.person().call("POST", "/api/keys", json={"name": "k"})["key"]
+        asked = {"headers": {"Authorization": f"Bearer {key}"}, "json": {"model": "scripted", "prompt": "tokens=1 x"}}
+        for n, status in ((2, 200), (2, 429)):
+            asked["json"]["n"] = n
+            response = httpx.post(f"{server.address}/v1/completions", **asked)
+            assert response.status_code == status, "each of several answers counts"
 
 
 def test_no_message_is_in_the_log(own_server):

@@ -91,10 +91,20 @@ async def _owner(request: HttpRequest) -> Any:
     user = await sync_to_async(access.key_owner)(request.headers.get("Authorization", ""))
     if user is None:
         raise Refusal(401, "invalid_api_key", "the Authorization header has no key that is in force")
-    if request.method == "POST" and (wait := access.questions.wait(str(user.pk))):
-        raise Refusal(429, "rate_limit_exceeded", "too many questions in a minute", wait)
+    if request.method == "POST":
+        _not_too_fast(str(user.pk))
     await sync_to_async(connections.close_all)()  # an answer takes longer than a connection should be kept
     return user
+
+
+def _not_too_fast(user: str) -> None:
+    """Takes one of the answers that the user may ask for in a minute.
+
+    Raises:
+        Refusal: There is none left.
+    """
+    if wait := access.questions.wait(user):
+        raise Refusal(429, "rate_limit_exceeded", "too many questions in a minute", wait)
 
 
 def _error_json(refusal: Refusal) -> dict[str, Any]:
@@ -228,6 +238,8 @@ async def _answer(asked: Chat | Completion, requests: Sequence[ChatRequest | Com
     if not 1 <= len(requests) * number <= MOST_CHOICES:
         many = f"n is {number}, to {len(requests)} prompts; expected 1 to {MOST_CHOICES} answers in all"
         raise Refusal(400, "invalid", many, param="n" if requests else "prompt")
+    for _ in range(len(requests) * number - 1):  # the first was counted with the request
+        _not_too_fast(requests[0].user)
     id = f"{'chatcmpl' if isinstance(asked, Chat) else 'cmpl'}-{uuid4().hex}"
     base = {"id": id, "object": kind, "created": int(time.time()), "model": asked.model}
     every = [variant(each, f"{id}-{k}-{i}", i) for k, each in enumerate(requests) for i in range(number)]

@@ -98,11 +98,14 @@ class EngineLM(TemplateLM):
             ids, behind = (x.to(device) for x in _padded(targets))  # (B, T)
             cache, state = model.prefill(source.to(device), mask.to(device), ids.shape[1])
             states = torch.cat((state[:, None], model.decode(ids[:, :-1], cache)), 1)  # (B, T, C)
-            logits = model.head(states)[..., : self.engine.tokenizer.vocab_size].float()
-            chosen = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0] * behind  # (B, T)
+            logits = self.engine.logits(states)
+            chosen = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+            chosen = chosen.where(behind == 1, 0)  # (B, T)
             greedy = ((logits.argmax(-1) == ids) | (behind == 0)).all(1)
-            for i, value, is_greedy in zip(batch, chosen.sum(1).tolist(), greedy.tolist(), strict=True):
-                results[i] = (value, is_greedy)
+            for i, log_probs, is_greedy in zip(batch, chosen.tolist(), greedy.tolist(), strict=True):
+                for place, value in enumerate(log_probs):
+                    self.engine.check_finite(value, place, "continuation")
+                results[i] = (sum(log_probs), is_greedy)
         return results
 
 

@@ -83,7 +83,7 @@ class Decoding:
                 return
             self.read = True
             drafts: list[list[int]] = [[] for _ in self.rows]
-            logits = self.engine._logits(state)[:, None]  # (B, 1, V)
+            logits = self.engine.logits(state)[:, None]  # (B, 1, V)
         else:
             self._drop()
             drafts = [[] if self._tied else self._draft(row) for row in self.rows]
@@ -144,11 +144,13 @@ class Decoding:
                 tokens = row.prompt[at + 1 : at + 1 + len(own)]
                 for i in range(0, len(tokens), SCORED_TOGETHER):
                     part = tokens[i : i + SCORED_TOGETHER]
-                    row.score(part, self.engine._logits(own[i : i + len(part)]))
+                    row.score(part, self.engine.logits(own[i : i + len(part)]))
+                for place, (_, log_prob, _) in enumerate(row.scored[at + 1 :], at + 1):
+                    self.engine.check_finite(log_prob or 0.0, place, "prompt")
 
     def _plain_step(self, ids: Tensor, cache: Cache) -> Tensor:
         """Puts ids (B, n) into the cache and returns the logits (B, n, V) behind each."""
-        return self.engine._logits(self.engine.model.decode(ids, cache))
+        return self.engine.logits(self.engine.model.decode(ids, cache))
 
     def _drop(self) -> None:
         """Rows that are done are gone."""
@@ -174,8 +176,8 @@ class Decoding:
             if row.finish:  # cancelled while it was read
                 continue
             row.steps += 1
-            self.engine._check_finite(log_probs[b], len(row.ids))
             if not row.config.greedy:
+                self.engine.check_finite(log_probs[b][0], len(row.ids))
                 token = choose(logits[b, 0], row.config, [*row.seen, *row.ids], row.rng)
                 row.write(token, float(logits[b, 0].log_softmax(-1)[token]), stop_ids)
                 row.score([token], logits[b, :1])
@@ -185,6 +187,7 @@ class Decoding:
                 if close and close[b][place]:
                     tied = True
                     break
+                self.engine.check_finite(log_probs[b][place], len(row.ids))
                 row.write(likeliest[b][place], log_probs[b][place], stop_ids)
                 row.score([likeliest[b][place]], logits[b, place : place + 1])
                 if row.finish or place == len(tokens) or tokens[place] != likeliest[b][place]:
@@ -337,10 +340,11 @@ class Engine:
             cache, state = self._read([sources[i] for i in batch], width)
             ids = self._padded([targets[i] for i in batch])  # (B, T)
             states = torch.cat((state[:, None], self.model.decode(ids[:, :-1], cache)), 1)  # (B, T, C)
-            log_probs = self._logits(states).log_softmax(-1).gather(-1, ids[..., None])[..., 0]  # (B, T)
+            log_probs = self.logits(states).log_softmax(-1).gather(-1, ids[..., None])[..., 0]  # (B, T)
             for i, row in zip(batch, log_probs.tolist(), strict=True):
                 found[i] = row[: len(targets[i])]
-                self._check_finite(found[i], 0)
+                for place, value in enumerate(found[i]):
+                    self.check_finite(value, place)
         self.model.train(training)
         return found
 
@@ -426,39 +430,51 @@ class Engine:
     def _beams(self, row: Row, cancelled: Callable[[], bool] | None) -> None:
         cache, state = self._read([row.prompt], row.limit)
 
+        def logits(state: Tensor) -> Tensor:
+            found = self.logits(state)
+            for likeliest in found.amax(-1).tolist():
+                self.check_finite(likeliest, row.steps)
+            return found
+
         def step(ids: Tensor, cache: Cache) -> Tensor:
             row.steps += 1
-            return self._logits(self.model.decode(ids, cache)[:, -1])
+            return logits(self.model.decode(ids, cache)[:, -1])
 
         stops = self.tokenizer.stop_ids
-        ids, log_prob = beam_search(
-            step, cache, self._logits(state), row.limit, stops, row.seen, row.config, cancelled or (lambda: False)
+        written = beam_search(
+            step, cache, logits(state), row.limit, stops, row.seen, row.config, cancelled or (lambda: False)
         )
-        self._check_finite([log_prob], len(ids))
-        for token in ids:
+        for token, log_prob in written:
             if not row.finish:
-                row.write(token, log_prob / len(ids), stops)
+                row.write(token, log_prob, stops)
         row.finish = row.finish or "cancelled"
 
-    def _check_finite(self, log_probs: Sequence[float], written: int) -> None:
-        """Log-probabilities of the next tokens are numbers; one of logits that are not is NaN or infinite.
+    def check_finite(self, value: float, place: int, of: str = "answer") -> None:
+        """A value computed from logits is a number, and so were the logits.
+
+        Args:
+            value: A log-probability, or a logit.
+            place: Tokens that stand before.
+            of: What they are the beginning of.
 
         Raises:
-            FloatingPointError: One is not; the model's weights or activations are broken, and no token is its choice.
+            FloatingPointError: It is not; the model's weights or activations are broken, and no token is its choice.
         """
-        if not all(map(math.isfinite, log_probs)):
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"{self.name}: logits after {written} tokens of the answer are not finite; its weights are damaged, or "
+                f"{self.name}: logits after {place} tokens of the {of} are not finite; its weights are damaged, or "
                 "overflow in this dtype"
             )
 
-    def _logits(self, states: Tensor) -> Tensor:
+    def logits(self, states: Tensor) -> Tensor:
         """Returns logits (..., V) of states (..., C), fp32 or wider, for the ids the tokenizer has.
 
-        A model may have more rows than its tokenizer has tokens; those are never chosen.
+        A model may have more rows than its tokenizer has tokens; those are never chosen. Where the model gives one
+        logit that is not finite, all beside it are NaN: what is computed from any of them then fails `check_finite`.
         """
         logits = self.model.head(states)[..., : self.tokenizer.vocab_size]
         logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits + 0 * logits.sum(-1, keepdim=True)
         if self.hook is None:
             return logits
         return self.hook(logits.flatten(0, -2)).view_as(logits)

@@ -136,6 +136,17 @@ def test_batches_change_nothing(model):
     assert [greedy for _, greedy in together] == [greedy for _, greedy in alone]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_logits_that_are_no_numbers_have_no_log_probability(model, monkeypatch, value):
+    head = model.engine.model.head
+    outside = torch.tensor([250])  # of the continuation; its logit alone is none
+    monkeypatch.setattr(model.engine.model, "head", lambda states: head(states).index_fill(-1, outside, value))
+    for ask_it in (model.loglikelihood, model.loglikelihood_rolling):
+        arguments = PAIRS[0] if ask_it == model.loglikelihood else PAIRS[0][:1]
+        with pytest.raises(FloatingPointError, match="the model: logits after 0 tokens of the continuation are not"):
+            ask_it(ask(arguments), disable_tqdm=True)
+
+
 def test_writing_is_the_engines_up_to_a_stop(model):
     contexts = ["the small fox", "who answers what and where nobody asks"]
     whole = model.engine.generate(contexts, max_new_tokens=20)

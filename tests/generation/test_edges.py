@@ -11,25 +11,30 @@ from babl import cli
 from babl.data.contexts import View
 from babl.errors import UserError
 from babl.evaluation.predictions import Asking, predict
-from babl.generation import Engine
+from babl.generation import Engine, GenerationConfig
 from babl.models import from_pretrained
 from babl.text import load_tokenizer
 from babl.text.prompts import qa_prompt
 
 SETTINGS = [{}, {"temperature": 1.0}, {"num_beams": 2}, {"repetition_penalty": 1.3}]
+NORMS = ("decoder.final_layer_norm.weight", "model.norm.weight", "transformer.ln_f.weight")
+HEADS = ("lm_head.weight", "shared.weight", "transformer.word_embeddings.weight")
+UNWRITTEN = 250  # a token that is in no prompt here
 
 
-@pytest.fixture(scope="module", params=[math.nan, math.inf])
+@pytest.fixture(
+    scope="module",
+    params=[(NORMS, 0, math.nan), (NORMS, 0, math.inf)] + [(HEADS, UNWRITTEN, s * math.inf) for s in (1, -1)],
+)
 def broken(request, reference, tmp_path_factory):
-    """A folder with one such number in the last norm, as an overflow in training leaves it."""
+    """A folder with one such number, as an overflow in training leaves it; the head's row has a logit of each sign."""
+    names, row, value = request.param
     folder = tmp_path_factory.mktemp("broken")
     reference.save_pretrained(folder)
     load_tokenizer(reference.name_or_path).save(folder)
     weights = load_file(folder / "model.safetensors")
-    norm = next(
-        n for n in ("decoder.final_layer_norm.weight", "model.norm.weight", "transformer.ln_f.weight") if n in weights
-    )
-    weights[norm][0] = request.param
+    weight = weights[next(name for name in names if name in weights)]
+    weight.view(len(weight), -1)[row, 0] = value
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -37,13 +42,31 @@ def broken(request, reference, tmp_path_factory):
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_logits_that_are_no_numbers_end_the_answer_with_an_error_that_names_the_model(broken, settings):
     engine = Engine.load(broken, "cpu", "float32")
-    with pytest.raises(FloatingPointError, match=r"broken\d+: logits after \d tokens of the answer are not finite"):
-        engine.generate(["who reads", "the fox"], max_new_tokens=4, **settings)
+    for prompts in (["who reads"], ["the fox"], ["who reads", "the fox"]):
+        with pytest.raises(FloatingPointError, match=r"broken\d+: logits after 0 tokens of the answer are not finite"):
+            engine.generate(prompts, max_new_tokens=4, **settings)
 
 
-def test_nor_are_they_scored(broken):
-    with pytest.raises(FloatingPointError, match="are not finite"):
-        Engine.load(broken, "cpu", "float32").score(["who reads"], ["the fox"])
+def test_nor_are_they_scored_or_echoed(broken):
+    engine = Engine.load(broken, "cpu", "float32")
+    with pytest.raises(FloatingPointError, match="after 0 tokens of the answer are not finite"):
+        engine.score(["who reads"], ["the fox"])
+    if not engine.model.is_encoder_decoder:
+        with pytest.raises(FloatingPointError, match="after 1 tokens of the prompt are not finite"):
+            engine.answer(["who reads"], GenerationConfig(likeliest=1, echo=True))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_error_counts_the_tokens_before_the_step_that_failed(reference, engine, beams):
+    """A number that is none is met by who writes a certain token, which the best answer begins with."""
+    if reference.config.tie_word_embeddings:
+        return  # there every step has its logit
+    first = engine.answer(["who reads"], GenerationConfig(2, num_beams=beams))[0].ids[0]
+    model = from_pretrained(reference.name_or_path)
+    with torch.no_grad():
+        model.embed.weight[first] = math.nan
+    with pytest.raises(FloatingPointError, match="the model: logits after 1 tokens of the answer are not finite"):
+        Engine(model, engine.tokenizer).generate(["who reads"], max_new_tokens=2, num_beams=beams)
 
 
 def test_the_commands_exit_with_one_and_write_no_score(broken, tmp_path, capsys):
@@ -120,6 +143,35 @@ def test_a_pad_token_beyond_the_models_rows_changes_nothing(reference, prompts, 
     plain = Engine(from_pretrained(reference.name_or_path), load_tokenizer(reference.name_or_path))
     assert padded.tokenizer.pad_id == rows
     assert padded.generate(prompts, max_new_tokens=5) == plain.generate(prompts, max_new_tokens=5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"prompt_lookup_num_tokens": 6},
+        {"temperature": 0.8, "top_k": 20, "seed": 1},
+        {"repetition_penalty": 1.6},
+        {"num_beams": 3, "repetition_penalty": 1.6},
+        {"num_beams": 3, "length_penalty": 2.0, "stop_strings": ["e", "o", "a"]},
+    ],
+    ids=str,
+)
+def test_the_probability_of_an_answer_is_that_of_its_tokens_however_they_were_chosen(
+    reference, engine, prompts, settings
+):
+    answers = engine.answer(prompts[:6], GenerationConfig(max_new_tokens=10, **settings))
+    assert ("stop" in {answer.finish for answer in answers}) == ("stop_strings" in settings)
+    for prompt, answer in zip(engine._encode(prompts[:6]), answers, strict=True):
+        ids = list(answer.ids)
+        with torch.no_grad():
+            if engine.model.is_encoder_decoder:
+                begun = torch.tensor([[0, *ids[:-1]]])
+                logits = reference(input_ids=torch.tensor([prompt]), decoder_input_ids=begun).logits[0]
+            else:
+                logits = reference(torch.tensor([[*prompt, *ids[:-1]]])).logits[0, len(prompt) - 1 :]
+        expected = logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)].sum().item()
+        assert answer.log_prob == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_probability_of_an_answer_is_that_of_the_line_shown(stories, shared):

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from babl.errors import UserError, did_you_mean
@@ -17,7 +17,7 @@ from babl.generation import Engine, GenerationConfig
 from babl.generation.conversation import Reader
 from babl.generation.published import unused_settings
 from babl.generation.session import Session
-from babl.text.prompts import clean_answer
+from babl.text.prompts import ANSWER_END, clean_answer
 
 COMMANDS = {
     "/context": "[TEXT | @FILE]  ask about this passage; without one, about none",
@@ -72,6 +72,8 @@ def ask(question: str, session: Session, engine: Engine, config: GenerationConfi
         elif worded.dropped:
             say(f"({worded.dropped} earlier messages no longer fit: a prompt may have {worded.limit} tokens)")
         session.save()
+        if worded.question:
+            config = replace(config, stop_strings=(*config.stop_strings, *ANSWER_END))
         with stopped_by_ctrl_c() as stop:
             if len(worded.prompts) == 1:
                 stream = engine.stream(worded.prompts[0], cancelled=stop.is_set, **asdict(config))
@@ -89,7 +91,7 @@ def ask(question: str, session: Session, engine: Engine, config: GenerationConfi
     if not answer.complete:
         why = {"length": f"--max-new-tokens {config.max_new_tokens} reached", "context": "the model's context is full"}
         say(f"({why.get(answer.finish, 'stopped')})")
-    text = clean_answer(answer.text) if worded.windows else answer.text
+    text = clean_answer(answer.text) if worded.question else answer.text
     session.say("assistant", text)
     session.save()
 

@@ -19,7 +19,7 @@ from babl.files import file_hash
 from babl.generation import Engine, GenerationConfig
 from babl.generation.conversation import prompt_style
 from babl.generation.sampling import LOOKUP_TOKENS
-from babl.text.prompts import CLEAN_ANSWER_VERSION, Message, clean_answer, prompt_ids, qa_target
+from babl.text.prompts import ANSWER_END, CLEAN_ANSWER_VERSION, Message, clean_answer, prompt_ids, qa_target
 
 CHUNK = 256  # views answered and stored together, always the same ones, so that rounding does not depend on a kill
 DECIDING = ("models", "generation", "text", "data", "ops.py")  # rooms whose code decides an answer
@@ -199,8 +199,7 @@ def _prompts(engine: Engine, views: Sequence[View], asking: Asking) -> tuple[lis
 
 def _chunk(engine: Engine, views: Sequence[View], asking: Asking) -> list[Prediction]:
     prompts, _ = _prompts(engine, views, asking)
-    # An answer is a line: what a model goes on to write would cost time, and count in the answer's probability.
-    config = GenerationConfig(asking.max_new_tokens, stop_strings=("\n",), prompt_lookup_num_tokens=LOOKUP_TOKENS)
+    config = GenerationConfig(asking.max_new_tokens, stop_strings=ANSWER_END, prompt_lookup_num_tokens=LOOKUP_TOKENS)
     style = prompt_style(engine, asking.chat, asking.before)
     ids = prompt_ids([prompt.text for prompt in prompts], engine.tokenizer, style, asking.before)
     answers = engine.answer(ids, config)

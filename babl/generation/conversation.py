@@ -4,7 +4,7 @@ import sys
 import tomllib
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from babl.data.collate import make_prompts
@@ -101,6 +101,8 @@ class Worded:
         dropped: Earlier messages that are not read.
         cut_tokens: Of all that was said and is not read.
         limit: Tokens that one prompt should not exceed.
+        question: Whether the answer is that to a question, which ends at `ANSWER_END` and of several windows' is the
+            likeliest; otherwise what the model says is shown as it is written.
     """
 
     prompts: list[list[int]]
@@ -109,6 +111,7 @@ class Worded:
     dropped: int
     cut_tokens: int
     limit: int
+    question: bool
 
 
 def word_conversation(messages: Sequence[Message], context: str | None, reader: Reader, max_new_tokens: int) -> Worded:
@@ -140,7 +143,8 @@ def word_conversation(messages: Sequence[Message], context: str | None, reader: 
         if reader.style == "t5" and not context:
             context, system = system, ""
         unread = [*(message["content"] for message in earlier), *([system] if system else [])]
-        return word_question(last["content"], context, reader, max_new_tokens, unread, len(earlier))
+        worded = word_question(last["content"], context, reader, max_new_tokens, unread, len(earlier))
+        return replace(worded, question=reader.style == "t5" or bool(context))  # without a passage, a decoder may talk
     return _templated(earlier, last["content"], system, context, reader, max_new_tokens)
 
 
@@ -160,7 +164,7 @@ def _templated(
         drops = range(0, len(earlier) + 2, 2)
         dropped = drops[min(bisect_left(drops, True, key=lambda n: len(read(n)) <= room), len(drops) - 1)]
         ids = read(dropped)
-    return Worded([ids], [], context or None, min(dropped, len(earlier)), len(whole) - len(ids), room)
+    return Worded([ids], [], context or None, min(dropped, len(earlier)), len(whole) - len(ids), room, False)
 
 
 def word_question(
@@ -198,4 +202,4 @@ def word_question(
     ids = prompt_ids([prompt.text for prompt in prompts], reader.tokenizer, reader.style)
     cut = sum(map(len, reader.tokenizer.encode_batch(unread))) if unread else 0
     limit = reader.most if view.context is None else window
-    return Worded(ids, [prompt.span for prompt in prompts], view.context, dropped, cut, limit)
+    return Worded(ids, [prompt.span for prompt in prompts], view.context, dropped, cut, limit, True)

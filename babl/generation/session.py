@@ -1,5 +1,6 @@
 """A conversation in the terminal: what was said, and the file it is kept in."""
 
+import itertools
 import json
 import os
 import secrets
@@ -46,7 +47,12 @@ class Session:
 
     def worded(self, reader: Reader, max_new_tokens: int) -> Worded:
         """Returns what a model reads to answer the last question, see `word_conversation`."""
-        messages = [*system_message(self.system), *self.messages]
+        answered = [
+            message
+            for message, after in itertools.pairwise(self.messages)
+            if (message["role"], after["role"]) != ("user", "user")  # the program ended before there was an answer
+        ]
+        messages = [*system_message(self.system), *answered, *self.messages[-1:]]
         return word_conversation(messages, self.context, reader, max_new_tokens)
 
     def save(self) -> Path:

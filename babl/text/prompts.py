@@ -18,6 +18,10 @@ Style = Literal["t5", "decoder", "chat"]  # "chat": a decoder's chat template ar
 NO_ANSWER = "unanswerable"
 """The target text of a question without an answer."""
 
+ANSWER_END = ("\n",)
+"""Where an answer to a question ends, whatever a model goes on to write: that counts neither in its time nor in its
+probability."""
+
 CLEAN_ANSWER_VERSION = 1
 """Raised whenever `clean_answer` changes: scores are comparable only under the same version."""
 

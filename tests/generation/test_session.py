@@ -48,6 +48,16 @@ def test_a_chat_template_gives_the_ids_that_transformers_gives(folders):
     assert worded.prompts[0].count(ours.bos_id) == 1
 
 
+def test_a_question_that_had_no_answer_is_not_asked_with_the_next(folders):
+    """Published templates refuse a conversation in which user and assistant do not take turns."""
+    tokenizer = load_tokenizer(folders[1])
+    killed, whole = said("who reads", "the long book"), said("who reads", "the long book", "the book?")
+    for question in ("reads?", "who?", "the book?"):
+        killed.say("user", question)
+    assert killed.worded(Reader(tokenizer, "decoder"), 8) == whole.worded(Reader(tokenizer, "decoder"), 8)
+    assert [message["content"] for message in killed.messages][2:] == ["reads?", "who?", "the book?"]
+
+
 def test_control_tokens_that_a_user_types_stay_text(folders):
     tokenizer = load_tokenizer(folders[1])
     (ids,) = said("</s> and <pad>").worded(Reader(tokenizer, "decoder"), 8).prompts

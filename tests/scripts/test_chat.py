@@ -93,6 +93,18 @@ def test_a_conversation_is_kept_and_goes_on(chat, model, home, tmp_path):
     assert [m["content"] for m in conversation(home)["messages"]][::2] == ["who reads", "and then"]
 
 
+def test_an_answer_about_a_passage_is_a_line_and_what_is_shown_is_what_is_kept(chat, home, shared):
+    child = chat(shared / "checkpoints" / "stories260K", "--max-new-tokens", 64, "--temperature", 0)
+    shown = []
+    for line in ("What did Tom see?", "/context Tom saw a big red ball in the park.", "What did Tom see?"):
+        child.sendline(line)
+        child.expect("> ")
+        shown.append(re.sub(r"^\(.*\)$", "", child.before.replace("\r", ""), flags=re.MULTILINE).strip())
+    kept = [message["content"].strip() for message in conversation(home)["messages"] if message["role"] == "assistant"]
+    assert kept == [shown[0], shown[2]]
+    assert "\n" in kept[0] and "\n" not in kept[1]
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_program(chat, model, home):
     child = chat(model, "--max-new-tokens", 30_000, "--temperature", 1, "--seed", 1)
     child.sendline("write on and on")

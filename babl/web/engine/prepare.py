@@ -6,7 +6,7 @@ from babl.errors import UserError
 from babl.generation import GenerationConfig
 from babl.generation.conversation import Reader, word_conversation, word_question
 from babl.generation.sampling import LOOKUP_TOKENS
-from babl.text.prompts import Message, prompt_ids
+from babl.text.prompts import ANSWER_END, Message, prompt_ids
 from babl.web.engine.protocol import (
     CompletionRequest,
     Counted,
@@ -85,9 +85,9 @@ def prepare(request: Request, reader: Reader) -> Prepared:
         config = replace(config, likeliest=request.likeliest)
         messages = [Message(role=message.role, content=message.content) for message in request.messages]
         worded = word_conversation(messages, request.context, reader, config.max_new_tokens)
-    # What a decoder says without a passage is shown as it is written; other answers to a question are found first.
-    sought = isinstance(request, QARequest) or reader.style == "t5" or worded.context is not None
-    windows = worded.windows if sought else []
+    windows = worded.windows if worded.question else []
+    if windows:
+        config = replace(config, stop_strings=(*config.stop_strings, *ANSWER_END))
     if windows and config.greedy:  # answers stand in their contexts more often than not
         config = replace(config, prompt_lookup_num_tokens=LOOKUP_TOKENS)
     context = worded.context if windows else None

@@ -162,7 +162,7 @@ class Hand:
 def hand(loop, folder):
     """A function that gives a scheduler with these models in memory."""
 
-    def make(*models, **options):
+    def make(*models, folder=folder, **options):
         made = Hand(folder, **options)
         for model in models:
             loop.run(made.scheduler.load(model))

@@ -9,6 +9,7 @@ import threading
 import msgspec
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from babl.data.contexts import View
 from babl.errors import UserError
@@ -17,6 +18,7 @@ from babl.generation import GenerationConfig
 from babl.generation.memory import SPARE
 from babl.web.engine import models
 from babl.web.engine import scheduler as scheduler_module
+from babl.web.engine.prepare import prepare
 from babl.web.engine.protocol import Done, Failed, Queued, Reading
 
 LONG = "the small fox reads a long book about old rivers and the town where nobody asks who answers what. " * 9
@@ -70,6 +72,34 @@ def test_questions_are_answered_as_in_evaluation(hand, engines, loop, ask, model
         assert done.log_prob == pytest.approx(prediction.log_prob, abs=1e-3)
         assert made.text(id) == done.text
     assert expected[2].windows > 1
+
+
+def test_the_probability_of_an_answer_is_that_of_the_line_shown(hand, shared, loop, ask, chat):
+    """By transformers; a model that has not learned to end goes on to write other lines, which count for nothing."""
+    model, question, context = "stories260K", "What did Tom see?", "Tom saw a big red ball in the park. " * 30
+    reference = LlamaForCausalLM.from_pretrained(shared / "checkpoints" / model).eval()
+    made = hand(model, folder=shared / "checkpoints")
+    requests = [
+        make(model, question, context=passage, max_new_tokens=64)
+        for make in (ask, chat)
+        for passage in (context[:36], context)
+    ]
+    loop.run(made.finish(*made.submit(*requests)))
+    reader = made.scheduler._desks[model].loaded.reader
+    for request in requests:
+        done, found = made.last(request.id), []
+        for prompt in prepare(request, reader).prompts:
+            with torch.no_grad():
+                ids = reference.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)[0].tolist()
+                log_probs = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
+            written = ids[len(prompt) :]
+            lines = [reader.tokenizer.decode(written[: n + 1]) for n in range(len(written))]
+            end = next((n for n, text in enumerate(lines) if "\n" in text), len(written) - 1)
+            total = sum(log_probs[len(prompt) - 1 + n, written[n]].item() for n in range(end + 1))
+            found.append((total, lines[end].split("\n")[0].strip(), end + 1))
+        expected = max(found)
+        assert (done.text, done.tokens) == expected[1:] and done.log_prob == pytest.approx(expected[0], abs=1e-3)
+        assert (len(found) > 1) == (request.context == context)
 
 
 @pytest.mark.parametrize("model", FAMILIES)

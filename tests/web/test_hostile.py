@@ -6,6 +6,7 @@ import re
 import threading
 import time
 import uuid
+from functools import partial
 
 import httpx
 
@@ -101,22 +102,34 @@ def imported(person, answers):
     return ids
 
 
+def slowest(address, act):
+    """Returns the seconds of the slowest /healthz while `act` runs and shortly after it."""
+    with watched(address) as seconds:
+        act()
+        time.sleep(0.1)
+    return max(seconds)
+
+
 def test_no_message_stops_the_others(server):
-    """`/healthz` may take a quarter of a second more than while nobody asks anything (the machine has other work)."""
+    """`/healthz` takes at most 250 ms beside each; the machine has other work, so a slow one must be slow thrice."""
     me, other = server.person(), server.person()
     answers = imported(me, PAYLOADS)
-    with watched(server.address) as calm:
-        time.sleep(1)
-    with watched(server.address) as seconds:
-        for method, path, body in DOORS:
-            content = body if isinstance(body, str) else None if body is None else json.dumps(body)
-            assert me.http.request(method, path, content=content).status_code < 500, (method, path, str(body)[:80])
-        for id, payload in zip(answers, PAYLOADS, strict=True):
-            shown = me.thread(id)["messages"][-1]
-            assert shown["content"] == payload
-            assert me.http.get(f"/c/{id}/").status_code == 200
-        for payload in PAYLOADS:
-            question = me.ask(me.conversation(), payload)["question"]
-            assert question["content"] == payload
-        assert other.answer(other.ask(other.conversation(), NEXT))["content"].split() == ["the", "next", "question"]
-    assert len(seconds) > 20 and max(seconds) <= 0.25 + max(calm), (max(seconds), max(calm))
+
+    def knock(method, path, body):
+        content = body if isinstance(body, str) else None if body is None else json.dumps(body)
+        assert me.http.request(method, path, content=content).status_code < 500, (method, path, str(body)[:80])
+
+    def open_(id, payload):
+        assert me.thread(id)["messages"][-1]["content"] == payload
+        assert me.http.get(f"/c/{id}/").status_code == 200
+
+    def ask(payload):
+        assert me.ask(me.conversation(), payload)["question"]["content"] == payload
+
+    acts = [partial(knock, *door) for door in DOORS]
+    acts += [partial(open_, id, payload) for id, payload in zip(answers, PAYLOADS, strict=True)]
+    acts += [partial(ask, payload) for payload in PAYLOADS]
+    for _ in range(3):
+        acts = [act for act in acts if slowest(server.address, act) > 0.25]
+    assert not acts, [str(act.args)[:200] for act in acts]
+    assert other.answer(other.ask(other.conversation(), NEXT))["content"].split() == ["the", "next", "question"]

@@ -63,12 +63,17 @@ def test_twelve_tabs_of_one_browser_stream_and_stop(tab, open_tab):
         each.expect(each.page.locator(".said.live")).to_contain_text(f"tab{i} tab{i} tab{i}")
     tabs[0].page.keyboard.press("Escape")
     tabs[0].says("Stopped")
+    address = tabs[1].page.url
     tabs[1].page.close()  # the stream belongs to no tab
     for each in tabs[2:]:
         words = len(each.page.locator(".said.live").inner_text().split())
         each.expect(each.page.locator(".said.live")).to_contain_text(re.compile(rf"(\S+\s+){{{words + 2}}}"))
         each.page.keyboard.press("Escape")
         each.says("Stopped")
+    tab.page.goto(address)  # the answer of the tab that is closed goes on
+    tab.says("Answering")
+    tab.page.click("#stop")
+    tab.says("Stopped")
 
 
 def test_an_edit_is_a_branch_and_so_is_another_answer(tab):

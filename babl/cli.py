@@ -44,9 +44,9 @@ def main(argv: list[str] | None = None) -> int:
         args.overrides += rest
     try:
         if "kernels" in args:
-            from babl import ops
+            from babl import kernel_choice
 
-            ops.use_kernels(args.kernels)
+            kernel_choice.use_kernels(args.kernels)
         return args.run(args) or 0
     except UserError as error:
         if args.debug:

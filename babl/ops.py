@@ -1,84 +1,18 @@
 """The arithmetic every model shares: plain torch, one function per operation, or a kernel where one is chosen.
 
-`use_kernels` says how it is chosen. What is left to torch in any case: fp64, and whatever the kernels do not compute.
+`babl.kernel_choice` says when one is.
 
 Shapes: B batch, H heads, S/T positions, D head width, N last axis of any tensor, V vocabulary.
 """
 
-import importlib.util
-import json
-import math
-import os
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from babl import kernels, rng  # type: ignore[attr-defined]  # kernels: packaged from the folder beside this one
-from babl.errors import UserError, not_installed
-
-MODES = ("auto", "on", "off")
-VARIABLE = "BABL_KERNELS"
-WIDEST = {"rms_norm": 8192, "layer_norm": 8192, "attention": 128, "alibi": 128, "rope": 256}  # what a program holds
-# GPU -> operation -> dtype -> width -> the size from which on the kernel was faster wherever it was measured.
-MEASURED_FILE = Path(kernels.__file__).parent / "measured.json"
-MEASURED: dict[str, Any] = json.loads(MEASURED_FILE.read_text(encoding="utf-8"))
-_mode = "auto"
-_devices: tuple[str, ...] = ("cuda",) if importlib.util.find_spec("triton") else ()
-
-
-def use_kernels(mode: str | None = None) -> None:
-    """Sets how kernels are chosen from now on, in this process and in those it starts.
-
-    Args:
-        mode: `auto`, on GPUs, dtypes and shapes for which a kernel was measured to be faster; `on`, wherever one can
-            compute what is asked; `off`, nowhere. None: as the environment's BABL_KERNELS says, `auto` where it is not
-            set.
-
-    Raises:
-        UserError: There is no such mode, or kernels are to be on and cannot run here.
-    """
-    global _mode, _devices
-    name, chosen = (VARIABLE, os.environ.get(VARIABLE, "auto")) if mode is None else ("--kernels", mode)
-    if chosen not in MODES:
-        raise UserError(f"{name} is {chosen!r}, expected one of {', '.join(MODES)}")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    installed = importlib.util.find_spec("triton") is not None
-    if chosen == "on" and not installed:
-        raise UserError(f"{name} is 'on', but {not_installed('triton')}")
-    if chosen == "on" and not (interpreted or torch.cuda.is_available()):
-        raise UserError(f"{name} is 'on', but there is no GPU (TRITON_INTERPRET=1 runs kernels on a CPU, for tests)")
-    _mode = os.environ[VARIABLE] = chosen
-    _devices = () if not installed else ("cuda", "cpu") if interpreted else ("cuda",)
-
-
-def _chosen(operation: str, x: Tensor, size: int, width: int) -> bool:
-    """Returns whether a kernel computes the operation on tensors like x, of this size and width."""
-    if _mode == "off" or x.device.type not in _devices or x.dtype == torch.float64:
-        return False
-    if _mode == "on":
-        return width <= WIDEST.get(operation.partition(",")[0], width)
-    if not MEASURED or not x.is_cuda:
-        return False
-    faster = MEASURED.get(_gpu(x.device.index), {}).get(operation, {})
-    return size >= faster.get(str(_autocast(x)).removeprefix("torch."), {}).get(str(width), math.inf)
-
-
-def _gpu(index: int) -> str:
-    return torch.cuda.get_device_name(index)
-
-
-# A GPU's name is a constant to torch.compile. torch.compiler.assume_constant_result sets this attribute and nothing
-# else, but imports the compiler for it: two seconds, and in every process.
-_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _autocast(x: Tensor) -> torch.dtype:
-    """Returns the dtype that a product of x is taken in."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+from babl import rng
+from babl.kernel_choice import kernel_chosen, product_dtype
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -94,7 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Ref: Zhang and Sennrich 2019, eq. 4; transformers' T5LayerNorm and LlamaRMSNorm.
     """
-    if _chosen("rms_norm", x, x.numel(), x.shape[-1]):
+    if kernel_chosen("rms_norm", x, x.numel(), x.shape[-1]):
         from babl.kernels.rms_norm import rms_norm as kernel
 
         return kernel(x, weight, eps)
@@ -107,7 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Returns x + update, (..., N), and the `rms_norm` of it."""
-    if _chosen("rms_norm", x, x.numel(), x.shape[-1]):
+    if kernel_chosen("rms_norm", x, x.numel(), x.shape[-1]):
         from babl.kernels.rms_norm import add_rms_norm as kernel
 
         return kernel(x, update, weight, eps)
@@ -120,7 +54,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
     Ref: Ba et al. 2016.
     """
-    if _chosen("layer_norm", x, x.numel(), x.shape[-1]):
+    if kernel_chosen("layer_norm", x, x.numel(), x.shape[-1]):
         from babl.kernels.layer_norm import layer_norm as kernel
 
         return kernel(x, weight, bias, eps)
@@ -129,7 +63,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Returns x + update, (..., N), and the `layer_norm` of it."""
-    if _chosen("layer_norm", x, x.numel(), x.shape[-1]):
+    if kernel_chosen("layer_norm", x, x.numel(), x.shape[-1]):
         from babl.kernels.layer_norm import add_layer_norm as kernel
 
         return kernel(x, update, weight, bias, eps)
@@ -150,7 +84,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
     Ref: Su et al. 2021, section 3.4.2.
     """
-    if _chosen("rope", q, q.numel(), q.shape[-1]):
+    if kernel_chosen("rope", q, q.numel(), q.shape[-1]):
         from babl.kernels.rope import rope as kernel
 
         return kernel(q, k, cos, sin)
@@ -164,7 +98,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Returns silu(gate) · up, (..., F) as both are. Ref: Shazeer 2020, eq. 5."""
-    if _chosen("glu", gate, gate.numel(), gate.shape[-1]):
+    if kernel_chosen("glu", gate, gate.numel(), gate.shape[-1]):
         from babl.kernels.glu import swiglu as kernel
 
         return kernel(gate, up)
@@ -173,7 +107,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """Returns gelu(gate) · up, (..., F) as both are, by the tanh form of GELU. Ref: Shazeer 2020, eq. 5."""
-    if _chosen("glu", gate, gate.numel(), gate.shape[-1]):
+    if kernel_chosen("glu", gate, gate.numel(), gate.shape[-1]):
         from babl.kernels.glu import geglu as kernel
 
         return kernel(gate, up)
@@ -200,7 +134,7 @@ class Distances(NamedTuple):
     Attributes:
         table: (H, 2S - 1) fp32, of distances key - query from 1 - S to S - 1; or (H,), by how much it grows with them.
         mask: (B, S) bool, false where a key is hidden; None where none is.
-        causal: Whether a query sees no key behind itself.
+        causal: Whether a query sees no key after itself.
     """
 
     table: Tensor
@@ -218,7 +152,7 @@ def reads_distances(x: Tensor, width: int, learns: bool, drops: bool) -> bool:
         drops: Whether probabilities are dropped.
     """
     operation = ("attention" if learns else "alibi") + (", dropout" if drops else "")
-    return _chosen(operation, x, x.shape[1], width)
+    return kernel_chosen(operation, x, x.shape[1], width)
 
 
 def attention(
@@ -241,7 +175,7 @@ def attention(
             `reads_distances` says so and K = H and T = S; a row with every key masked is 0 then.
         scale: 1.0 for T5, D**-0.5 elsewhere.
         drop: Of the probabilities (B, H, T, S); None where there is none.
-        causal: Whether the T = S queries see no key behind them; there is no bias then.
+        causal: Whether the T = S queries see no key after them; there is no bias then.
 
     Returns:
         (B, H, T, D).
@@ -284,10 +218,10 @@ def linear_cross_entropy_sum(x: Tensor, weight: Tensor, labels: Tensor, label_sm
         labels: (N,) int64, every one a target.
         label_smoothing: Share of the target spread evenly over the vocabulary.
     """
-    if _chosen("linear_cross_entropy", x, x.shape[0], weight.shape[0]):
+    if kernel_chosen("linear_cross_entropy", x, x.shape[0], weight.shape[0]):
         from babl.kernels.linear_cross_entropy import linear_cross_entropy as kernel
 
-        return kernel(x.to(_autocast(x)), weight, labels, label_smoothing)
+        return kernel(x.to(product_dtype(x)), weight, labels, label_smoothing)
     logits = F.linear(x, weight)  # (N, V)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(wide, labels, reduction="sum", label_smoothing=label_smoothing)

@@ -388,7 +388,7 @@ def attention(
             with n - m, which do not learn.
         mask: (B, S) bool, false where a key is hidden; None where none is.
         scale: Of the products.
-        causal: Whether a query sees no key behind itself.
+        causal: Whether a query sees no key after itself.
         key: (B,) int64, of the dropout of probabilities; None where there is none.
         threshold: How many of 65,536 draws drop a probability, as `babl.rng.threshold` has it; 0 where there is no key.
         site: Which dropout of the model this is.

@@ -1,4 +1,4 @@
-"""Layer norm, alone or behind the residual add before it.
+"""Layer norm, alone or after the residual add before it.
 
 Ba et al. 2016, "Layer Normalization":
 

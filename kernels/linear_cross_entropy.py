@@ -1,4 +1,4 @@
-"""The cross-entropy behind a linear layer, whose logits are never all there.
+"""The cross-entropy of a linear layer's logits, whose logits are never all there.
 
 Over a large vocabulary the logits and their gradients are the largest tensors of a training step. Here rows go through
 the layer in chunks, and the kernel turns a chunk's logits into their gradients in place (Hsu et al. 2024, "Liger

@@ -1,4 +1,4 @@
-"""RMS norm, alone or behind the residual add before it.
+"""RMS norm, alone or after the residual add before it.
 
 Zhang and Sennrich 2019, "Root Mean Square Layer Normalization":
 
@@ -10,7 +10,7 @@ writes s and y, the backward reads dy, ds and s and writes dx. Arithmetic is fp3
 is rounded to w's dtype before it is multiplied, as T5 and LLaMA do; the result has the dtype of w then, and fp32
 otherwise.
 
-Layout: rows of N elements, one behind the other. A program holds whole rows, `ROWS` of them where they are short. The
+Layout: rows of N elements, one after the other. A program holds whole rows, `ROWS` of them where they are short. The
 gradient of w is a sum over rows: each backward program walks rows that are a fixed stride apart and keeps its own sum,
 (programs, N) fp32 in all, which torch adds up; so the order of additions depends on the shape alone.
 """

@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from babl import ops
+from babl import kernel_choice, ops
 from babl.data.collate import Feature, collate, make_prompts
 from babl.data.contexts import see
 from babl.data.fictional import SYLLABLES
@@ -519,13 +519,17 @@ def _watched(command: Sequence[str]) -> tuple[float, float]:
 
 def kernels(repeats: int, write_table: bool, operations: Sequence[str]) -> list[dict[str, Any]]:
     """Returns the rows of `bench_kernels.measure`; kernels are chosen by them from then on, where asked."""
-    ops.use_kernels("off")  # what is compared with is plain torch
+    kernel_choice.use_kernels("off")  # what is compared with is plain torch
     rows = bench_kernels.measure(repeats, operations=operations)
     if write_table:
         (gpu, found), *_ = bench_kernels.table(rows, torch.cuda.get_device_name()).items()
-        kept = {name: of for name, of in ops.MEASURED.get(gpu, {}).items() if operations and name not in operations}
-        measured = ops.MEASURED | {gpu: kept | found}
-        ops.MEASURED_FILE.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        kept = {
+            name: of
+            for name, of in kernel_choice.MEASURED.get(gpu, {}).items()
+            if operations and name not in operations
+        }
+        measured = kernel_choice.MEASURED | {gpu: kept | found}
+        kernel_choice.MEASURED_FILE.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     return rows
 
 

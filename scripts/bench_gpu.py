@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from babl import ops
+from babl import kernel_choice
 from babl.data.collate import Batch, CausalFeature, Feature, collate, collate_causal
 from babl.data.loader import dropout_keys
 from babl.distributed.backend import Backend, DistributedConfig, make_backend
@@ -112,14 +112,14 @@ def _model(work: Work, steps: int, peak: float) -> list[dict[str, Any]]:
             for parameter in model.parameters():
                 parameter.normal_(0, 0.02)
         batch = _batch(work, model.is_encoder_decoder).to(me.device)
-        ops.use_kernels("off")
+        kernel_choice.use_kernels("off")
         work_done = _flops(backend, batch)
         ways = {"torch": "off", "kernels": "on"}
         times: dict[str, list[float]] = {way: [] for way in ways}
         memory: dict[str, int] = {}
         for number in range(WARM_UP + steps):
             for way, mode in ways.items():
-                ops.use_kernels(mode)
+                kernel_choice.use_kernels(mode)
                 torch.cuda.reset_peak_memory_stats()
                 torch.cuda.synchronize()
                 begun = time.perf_counter()

@@ -166,7 +166,7 @@ def _all_cases() -> Iterator[Case]:
 
 
 def elementwise(rows: int, width: int, dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """Yields the norms behind a residual add, and the gate, on so many rows."""
+    """Yields the norms after a residual add, and the gate, on so many rows."""
     from babl.kernels.glu import swiglu
     from babl.kernels.layer_norm import add_layer_norm
     from babl.kernels.rms_norm import add_rms_norm
@@ -255,7 +255,7 @@ def attention(
 
 
 def loss(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: str) -> Case:
-    """Returns the cross-entropy behind a linear layer, beside all logits at once and beside chunks computed twice."""
+    """Returns the cross-entropy of a linear layer, beside all logits at once and beside chunks computed twice."""
     from babl.kernels import linear_cross_entropy as file
 
     x, w = (_random(n, width, dtype=dtype, device=device) for n in (rows, vocabulary))

@@ -151,7 +151,7 @@ def find_cell(plan: Plan, only: str) -> Cell:
 
 
 def with_trials(plan: Plan, cell: Cell) -> list[Cell]:
-    """Returns the cell behind the trials that its settings are chosen from."""
+    """Returns the cell, after the trials that its settings are chosen from."""
     trials = [t for t in plan.trials if (t.model, t.arm) == (cell.model, cell.arm)] if not cell.settings else []
     return [*trials, cell]
 

@@ -155,7 +155,7 @@ class Runs:
         return script
 
     def arguments(self, name, *overrides):
-        """Returns what stands behind the script on the command line."""
+        """Returns what stands after the script on the command line."""
         settings = [f"run.dir={self.folder}", f"run.name={name}", TINY, "model.tokenizer_size=400", "batch.tokens=1500"]
         settings += ["train.validate_every=4", "train.save_every=4", "train.steps=12", *overrides]
         return [str(ROOT / "configs" / "debug_cpu.toml"), *settings]

@@ -12,7 +12,7 @@ from babl.scripts.train import TrainConfig
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"kernels"},
-    {"ops", "rng", "text", "distributed", "config", "errors", "files"},
+    {"ops", "kernel_choice", "rng", "text", "distributed", "config", "errors", "files"},
     {"models", "data"},
     {"generation", "training"},
     {"evaluation", "experiment"},

@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from babl import ops
+from babl import kernel_choice, ops
 from babl.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def _mode(monkeypatch):
-    monkeypatch.delenv(ops.VARIABLE, raising=False)
+    monkeypatch.delenv(kernel_choice.VARIABLE, raising=False)
     torch.manual_seed(0)
     yield
-    ops.use_kernels("off")
+    kernel_choice.use_kernels("off")
 
 
 def numbers(*shape):
@@ -68,16 +68,16 @@ def test_gradients_of_the_references_are_those_of_differences(name):
 def test_fp64_is_never_a_kernels(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     if importlib.util.find_spec("triton"):
-        ops.use_kernels("on")
-    assert not ops._chosen("rms_norm", torch.zeros(2, 3, dtype=torch.float64), 6, 3)
+        kernel_choice.use_kernels("on")
+    assert not kernel_choice.kernel_chosen("rms_norm", torch.zeros(2, 3, dtype=torch.float64), 6, 3)
 
 
 def test_a_mode_that_is_none_is_refused(monkeypatch):
     with pytest.raises(UserError, match="--kernels is 'fast', expected one of auto, on, off"):
-        ops.use_kernels("fast")
-    monkeypatch.setenv(ops.VARIABLE, "yes")
+        kernel_choice.use_kernels("fast")
+    monkeypatch.setenv(kernel_choice.VARIABLE, "yes")
     with pytest.raises(UserError, match="BABL_KERNELS is 'yes', expected one of auto, on, off"):
-        ops.use_kernels()
+        kernel_choice.use_kernels()
 
 
 def test_on_is_refused_where_kernels_cannot_run(monkeypatch):
@@ -85,26 +85,26 @@ def test_on_is_refused_where_kernels_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--kernels is 'on', but triton is not installed"):
-        ops.use_kernels("on")
+        kernel_choice.use_kernels("on")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(UserError, match="--kernels is 'on', but there is no GPU"):
-        ops.use_kernels("on")
+        kernel_choice.use_kernels("on")
 
 
 def test_without_triton_auto_is_plain_torch(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    ops.use_kernels("auto")
+    kernel_choice.use_kernels("auto")
     x, w = torch.randn(2, 3), torch.randn(3)
-    assert not ops._chosen("rms_norm", x, 6, 3)
+    assert not kernel_choice.kernel_chosen("rms_norm", x, 6, 3)
     torch.testing.assert_close(ops.rms_norm(x, w, 0.0), w * x / x.square().mean(-1, keepdim=True).sqrt())
 
 
 def test_the_environment_says_what_the_processes_started_from_here_do(monkeypatch):
-    monkeypatch.setenv(ops.VARIABLE, "off")
-    ops.use_kernels()
-    assert os.environ[ops.VARIABLE] == "off"
-    ops.use_kernels("auto")
-    assert os.environ[ops.VARIABLE] == "auto"
+    monkeypatch.setenv(kernel_choice.VARIABLE, "off")
+    kernel_choice.use_kernels()
+    assert os.environ[kernel_choice.VARIABLE] == "off"
+    kernel_choice.use_kernels("auto")
+    assert os.environ[kernel_choice.VARIABLE] == "auto"
 
 
 def test_auto_takes_a_kernel_only_where_it_was_measured_to_be_faster(monkeypatch):
@@ -112,26 +112,28 @@ def test_auto_takes_a_kernel_only_where_it_was_measured_to_be_faster(monkeypatch
         device, dtype, is_cuda = torch.device("cuda", 0), torch.bfloat16, True
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(ops, "_gpu", lambda index: "H9")
-    monkeypatch.setattr(ops, "_autocast", lambda x: x.dtype)
-    ops.use_kernels("auto")
+    monkeypatch.setattr(kernel_choice, "_gpu", lambda index: "H9")
+    monkeypatch.setattr(kernel_choice, "product_dtype", lambda x: x.dtype)
+    kernel_choice.use_kernels("auto")
 
     def chosen(size, width=64, operation="attention"):
-        return ops._chosen(operation, OnGPU(), size, width)
+        return kernel_choice.kernel_chosen(operation, OnGPU(), size, width)
 
-    monkeypatch.setattr(ops, "MEASURED", {})
+    monkeypatch.setattr(kernel_choice, "MEASURED", {})
     assert not chosen(512)
-    monkeypatch.setattr(ops, "MEASURED", {"H9": {"attention": {"bfloat16": {"64": 256}}}})
+    monkeypatch.setattr(kernel_choice, "MEASURED", {"H9": {"attention": {"bfloat16": {"64": 256}}}})
     assert chosen(256) and chosen(4096)
     assert not chosen(255) and not chosen(512, width=128) and not chosen(512, operation="alibi")
-    monkeypatch.setattr(ops, "_gpu", lambda index: "another")
+    monkeypatch.setattr(kernel_choice, "_gpu", lambda index: "another")
     assert not chosen(512)
 
 
 def test_wider_than_a_program_holds_is_left_to_torch(monkeypatch):
     pytest.importorskip("triton", reason="needs triton, which there is for Linux")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    ops.use_kernels("on")
+    kernel_choice.use_kernels("on")
     x = torch.zeros(1, 1)
-    assert ops._chosen("attention", x, 512, 128) and not ops._chosen("attention", x, 512, 129)
-    assert ops._chosen("glu", x, 1, 10**6)
+    assert kernel_choice.kernel_chosen("attention", x, 512, 128) and not kernel_choice.kernel_chosen(
+        "attention", x, 512, 129
+    )
+    assert kernel_choice.kernel_chosen("glu", x, 1, 10**6)

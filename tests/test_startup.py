@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from babl import ops
+from babl import kernel_choice
 from babl.models import save_pretrained
 from babl.models.build import ModelConfig, build_model
 from babl.text import train_tokenizer
@@ -66,4 +66,4 @@ def test_a_gpus_name_is_marked_for_the_compiler_as_its_own_decorator_marks_it():
     marked = torch.compiler.assume_constant_result(name)
     assert marked is name
     added = {key: value for key, value in vars(name).items() if key not in before}
-    assert added and added.items() <= vars(ops._gpu).items()
+    assert added and added.items() <= vars(kernel_choice._gpu).items()

@@ -341,7 +341,7 @@ def collate_causal(features: Sequence[Feature], keys: Sequence[int]) -> Batch:
     """Returns a decoder's batch: source and target are one sequence, padded on the right; only the answer is a target.
 
     The label stands where its token is predicted, one place before it: logits[b, t] predicts labels[b, t]. Padding
-    behind a text is seen by none of its tokens, so there is no mask. Arguments as for `collate`.
+    after a text is seen by none of its tokens, so there is no mask. Arguments as for `collate`.
     """
     rows = [[*f.source, *f.target[:-1]] for f in features] or [[FILLER]]
     input_ids = _padded(rows, FILLER)

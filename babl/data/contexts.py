@@ -326,8 +326,8 @@ def _counterfactual(pool: _Pool, i: int, rng: random.Random) -> View:
 
 def _words(text: str) -> str:
     """Returns a pattern for the text where it begins and ends with words; anywhere, in a script without spaces."""
-    before, behind = ("" if unspaced(char) else r"\w" for char in (text[:1], text[-1:]))
-    return rf"{before and f'(?<!{before})'}{re.escape(text)}{behind and f'(?!{behind})'}"
+    before, after = ("" if unspaced(char) else r"\w" for char in (text[:1], text[-1:]))
+    return rf"{before and f'(?<!{before})'}{re.escape(text)}{after and f'(?!{after})'}"
 
 
 def _similar_answers(pool: _Pool, i: int) -> list[str]:

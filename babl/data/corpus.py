@@ -29,12 +29,12 @@ from babl.text.normalize import normalize_answer
 FIELDS = ("question", "context", "answer", "question+answer")  # the answer is the first gold, as in training
 SHORTEST, LONGEST = 8, 13  # words of GPT-3's n-grams
 PALM_WORDS, PALM_DIRTY = 8, 0.7
-LLAMA_EXACT, LLAMA_SKIPS = 10, 4  # words a match must begin with; words that may differ behind them
+LLAMA_EXACT, LLAMA_SKIPS = 10, 4  # words a match must begin with; words that may differ after them
 LLAMA_CLEAN, LLAMA_DIRTY = 0.2, 0.8
 BATCH_WORDS = 1 << 16  # of the corpus looked up at once
 HITS = 1024  # places of a batch that are aligned at once
 
-UNKNOWN, END = -1, -2  # ids of a word that no text has, and of the place behind a text
+UNKNOWN, END = -1, -2  # ids of a word that no text has, and of the place after a text
 
 
 def words(text: str) -> list[str]:
@@ -50,7 +50,7 @@ class NGrams:
     length, and little at all in a text that has nothing to do with these.
 
     Attributes:
-        ids: (P,) all texts one behind the other as word ids, each followed by END.
+        ids: (P,) all texts one after the other as word ids, each followed by END.
         owner: (P,) which text a place belongs to.
         places: Of n = 1, 2, ...: where in `ids` an n-gram begins.
         names: Of n = 1, 2, ...: its name there.

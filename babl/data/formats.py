@@ -117,7 +117,7 @@ def read_records(path: str | Path) -> Records:
 
 
 def _read(file: Path, prefix: str, found: Records) -> None:
-    """The records have the file's, each place named behind the prefix."""
+    """The records have the file's, each place named after the prefix."""
     try:
         data = file.read_bytes()
         if data.startswith(b"\x1f\x8b"):
@@ -163,7 +163,7 @@ def _is_lines(text: str) -> bool:
 
 def _lines(text: str, prefix: str, found: Records) -> None:
     for number, line in enumerate(text.split("\n"), start=1):
-        line = line.removeprefix("\ufeff")  # of a file that was put behind another
+        line = line.removeprefix("\ufeff")  # of a file that was put after another
         if not line.strip():
             continue
         try:

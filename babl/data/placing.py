@@ -18,7 +18,7 @@ class Place:
     Attributes:
         kind: How it was found, see `place`.
         start: Code point of the context at which it begins; None where it was not found.
-        end: Code point behind it.
+        end: Code point after it.
         ambiguous: Whether the file gave no offset and the answer stands in several places.
     """
 
@@ -91,14 +91,14 @@ def _fold(text: str) -> _Folded:
             ends += range(start + 1, end + 1)
         else:
             while start < end:  # a character with the marks on it: no other one changes its decomposition
-                behind = start + 1
-                while behind < end and unicodedata.combining(text[behind]):
-                    behind += 1
-                decomposed = unicodedata.normalize("NFKD", text[start:behind])
+                after = start + 1
+                while after < end and unicodedata.combining(text[after]):
+                    after += 1
+                decomposed = unicodedata.normalize("NFKD", text[start:after])
                 pieces.append(decomposed)
                 begins += [start] * len(decomposed)
-                ends += [behind] * len(decomposed)
-                start = behind
+                ends += [after] * len(decomposed)
+                start = after
     return _Folded("".join(pieces), begins, ends)
 
 
@@ -116,9 +116,7 @@ def _occurrences(needle: str, folded: _Folded) -> Iterator[int]:
 def _inside_words(start: int, end: int, context: str) -> bool:
     """Whether the span begins or ends inside a word."""
     edges = ((start - 1, start), (end - 1, end))
-    return any(
-        before >= 0 and behind < len(context) and _joined(context[before : behind + 1]) for before, behind in edges
-    )
+    return any(before >= 0 and after < len(context) and _joined(context[before : after + 1]) for before, after in edges)
 
 
 def _joined(pair: str) -> bool:

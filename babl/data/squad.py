@@ -28,7 +28,7 @@ class Answer:
     Attributes:
         text: As the file has it: what is scored.
         start: Code point of the context at which the context says it; None where it does not.
-        end: Code point behind that; where not given, as far as the text is long.
+        end: Code point after that; where not given, as far as the text is long.
     """
 
     text: str

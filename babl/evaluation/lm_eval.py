@@ -79,7 +79,7 @@ class EngineLM(TemplateLM):
 
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Returns log-probability, and whether greedy choice writes it, of continuation ids behind context ids."""
+        """Returns log-probability, and whether greedy choice writes it, of continuation ids after context ids."""
         model, device = self.engine.model.eval(), self.engine.device
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         for texts, prompt, target in requests:
@@ -95,13 +95,13 @@ class EngineLM(TemplateLM):
                     f"context and continuation take {needed} tokens, expected at most {model.context_length}"
                 )
             source, mask = _padded(prompts)
-            ids, behind = (x.to(device) for x in _padded(targets))  # (B, T)
+            ids, after = (x.to(device) for x in _padded(targets))  # (B, T)
             cache, state = model.prefill(source.to(device), mask.to(device), ids.shape[1])
             states = torch.cat((state[:, None], model.decode(ids[:, :-1], cache)), 1)  # (B, T, C)
             logits = self.engine.logits(states)
             chosen = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-            chosen = chosen.where(behind == 1, 0)  # (B, T)
-            greedy = ((logits.argmax(-1) == ids) | (behind == 0)).all(1)
+            chosen = chosen.where(after == 1, 0)  # (B, T)
+            greedy = ((logits.argmax(-1) == ids) | (after == 0)).all(1)
             for i, log_probs, is_greedy in zip(batch, chosen.tolist(), greedy.tolist(), strict=True):
                 for place, value in enumerate(log_probs):
                     self.engine.check_finite(value, place, "continuation")

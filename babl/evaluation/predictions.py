@@ -22,7 +22,7 @@ from babl.generation.sampling import LOOKUP_TOKENS
 from babl.text.prompts import ANSWER_END, CLEAN_ANSWER_VERSION, Message, clean_answer, prompt_ids, qa_target
 
 CHUNK = 256  # views answered and stored together, always the same ones, so that rounding does not depend on a kill
-DECIDING = ("models", "generation", "text", "data", "ops.py")  # rooms whose code decides an answer
+DECIDING = ("models", "generation", "text", "data", "ops.py", "kernel_choice.py")  # rooms whose code decides an answer
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,7 +143,7 @@ def selective_report(
 ) -> dict[str, Any]:
     """Returns what the confidence in a set of predictions is worth, as JSON can hold it; every share is in [0, 1].
 
-    `ece`, `brier`, `auroc`, `aurc`; `reliability`, the bins behind the first, and `curve`, risk over coverage, thinned;
+    `ece`, `brier`, `auroc`, `aurc`; `reliability`, the bins of the first, and `curve`, risk over coverage, thinned;
     `coverage` and `precision`, reached with thresholds meant for `PRECISION`, each fitted on the other half's articles,
     beside `oracle_coverage`. Where questions without an answer are among them, and confidences differ, also
     `thresholded_exact`, with abstention fitted in the same way, beside `oracle_best_exact` and its

@@ -46,7 +46,7 @@ Tree = dict[str, Any]  # of JSON or TOML
 # What decides a result: another version of any of it makes another experiment.
 DECIDING_CODE = (
     "config.py", "data", "distributed", "evaluation/squad.py", "evaluation/predictions.py", "generation", "models",
-    "ops.py", "rng.py", "files.py", "text", "training",
+    "ops.py", "kernel_choice.py", "rng.py", "files.py", "text", "training",
 )  # fmt: skip
 DECIDING_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "scikit-learn", "scipy")
 
@@ -72,7 +72,7 @@ class Design:
         failure_loss: A run whose last training losses are above this on average has failed; 0 for no such rule.
         validation_share: Of the training questions, by article, held out for the grid and the learning curves.
         max_new_tokens: Most tokens of an answer.
-        bootstrap_samples: Redraws behind each interval.
+        bootstrap_samples: Resamples for each interval.
         processes: That train a cell together, on this machine.
         train_articles: Of the embedded corpus, where that is the data.
         test_articles: Likewise.

@@ -106,7 +106,7 @@ class Decoding:
         self._step = self._plain_step
 
     def _read(self, read_tokens: int | None) -> Iterator[Tensor | None]:
-        """Yields None after each part of the prompts, but after the last the state (B, C) behind each."""
+        """Yields None after each part of the prompts, but after the last the state (B, C) after each."""
         engine, prompts = self.engine, [row.prompt for row in self.rows]
         room = max(row.limit for row in self.rows) + self._drafted
         width = max(map(len, prompts))
@@ -121,7 +121,7 @@ class Decoding:
             self._echo(state[:, None], 0)
             for at in range(first, width, part):
                 yield None
-                # A row that is over is filled up, behind its end; it is cut there afterwards.
+                # A row that is over is filled up, after its end; it is cut there afterwards.
                 ids = engine._padded([prompt[at : at + part] for prompt in prompts])
                 states = engine.model.decode(ids, self._cache)  # (B, part, C)
                 self._echo(states, at)
@@ -149,7 +149,7 @@ class Decoding:
                     self.engine.check_finite(log_prob or 0.0, place, "prompt")
 
     def _plain_step(self, ids: Tensor, cache: Cache) -> Tensor:
-        """Puts ids (B, n) into the cache and returns the logits (B, n, V) behind each."""
+        """Puts ids (B, n) into the cache and returns the logits (B, n, V) after each."""
         return self.engine.logits(self.engine.model.decode(ids, cache))
 
     def _drop(self) -> None:
@@ -480,7 +480,7 @@ class Engine:
         return self.hook(logits.flatten(0, -2)).view_as(logits)
 
     def _read(self, prompts: list[list[int]], room: int) -> tuple[Cache, Tensor]:
-        """Returns the cache of the prompts, with room for more, and the state (B, C) behind each.
+        """Returns the cache of the prompts, with room for more, and the state (B, C) after each.
 
         A decoder reads each beginning that several prompts share once, then what is each prompt's own.
         """

@@ -11,7 +11,7 @@ WARMUP_STEPS = 3  # before capture, so that every library has its workspace
 
 
 class GraphedStep:
-    """Puts ids (B, 1) into one cache and returns the logits (B, 1, V) behind each, by replaying a graph.
+    """Puts ids (B, 1) into one cache and returns the logits (B, 1, V) after each, by replaying a graph.
 
     Shapes must not change: attention looks at the whole room, of which the bias hides what is not written. The first
     step is computed in both ways; where they differ by more than rounding, the plain way is taken from then on.

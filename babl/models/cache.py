@@ -11,13 +11,13 @@ from torch import Tensor
 class Cache:
     """Keys and values of every layer, in buffers written in place; rows may have different lengths.
 
-    Row b holds positions 0 .. lengths[b] - 1; what stands behind them is left over and never looked at, because a
+    Row b holds positions 0 .. lengths[b] - 1; what stands after them is left over and never looked at, because a
     query sees only keys up to its own position.
 
     Attributes:
         keys: One (B, K, T, D) per layer; T is the room reserved.
         values: Like keys.
-        lengths: (B,) int64, positions already decided per row; the next tokens are written behind them.
+        lengths: (B,) int64, positions already decided per row; the next tokens are written after them.
         reach: No row is longer, so attention reads no further. A number, so that nothing waits for a GPU.
         cross: Keys and values over the source, one pair of (B, H, S, D) per layer (T5 only).
         cross_bias: (B, 1, 1, S), hides the source's padding (T5 only).
@@ -61,7 +61,7 @@ class Cache:
         return positions
 
     def cut(self, lengths: Tensor, reach: int) -> None:
-        """The rows end at these lengths, (B,) int64, none beyond `reach`; what stood behind is forgotten."""
+        """The rows end at these lengths, (B,) int64, none beyond `reach`; what stood after is forgotten."""
         self.lengths.copy_(lengths)
         self.reach = reach
 
@@ -94,7 +94,7 @@ class Cache:
         self.values = [F.pad(v, (0, 0, 0, more)) for v in self.values]
 
     def join(self, other: "Cache", room: int) -> None:
-        """The other's rows stand behind this one's; there is space for `room` positions, of which no row has more."""
+        """The other's rows stand after this one's; there is space for `room` positions, of which no row has more."""
         if self.cross_bias is not None and other.cross_bias is not None:
             source = max(self.cross_bias.shape[-1], other.cross_bias.shape[-1])
             self.cross = [

@@ -71,7 +71,7 @@ def qa_target(answer: str | None, style: Style = "t5") -> str:
 def prompt_ids(
     texts: Sequence[str], tokenizer: Tokenizer, style: Style, before: Sequence["Message"] = ()
 ) -> list[list[int]]:
-    """The ids a model reads for each prompt: EOS behind it for an encoder, BOS, where there is one, before a decoder's.
+    """The ids a model reads for each prompt: EOS after it for an encoder, BOS, where there is one, before a decoder's.
 
     Training and every way of asking take them from here, so that what is asked begins as what was learned.
 

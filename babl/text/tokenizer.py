@@ -351,7 +351,7 @@ def _first_line(error: Exception) -> str:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Tokenizer:
     """The folder holds a byte-level BPE tokenizer of the texts: pad 0, eos 1, no bos, nothing unknown.
 
-    The same texts give the same file. A word has the same ids at the start of a text as behind a space.
+    The same texts give the same file. A word has the same ids at the start of a text as after a space.
 
     Args:
         texts: What it will read.

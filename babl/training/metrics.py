@@ -22,7 +22,7 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, last_step: int, tensorboard: bool, say: Callable[[str], None] = print):
-        """Opens the log behind the last step.
+        """Opens the log after the last step.
 
         Args:
             folder: Of the run.

@@ -96,7 +96,7 @@ def _prompt(context: str, family: Family) -> str:
 
 
 def _ids(tokenizer: tokenizers.Tokenizer, family: Family, context: str, answer: str) -> Ids:
-    """Returns an encoder's prompt with EOS behind it, or a decoder's, whose answer begins with the space."""
+    """Returns an encoder's prompt with EOS after it, or a decoder's, whose answer begins with the space."""
     eos = [EOS]
     prompt, written = _prompt(context, family), answer if family == "t5" else f" {answer}"
     source, target = (tokenizer.encode(text, add_special_tokens=False).ids for text in (prompt, written))

@@ -124,7 +124,7 @@ def changed(*places):
         (numbered(*range(11)), 11),
         (changed(10, 14, 18, 22), 30),  # what is skipped is inside
         (changed(10, 14, 18, 22, 26), 26),  # the fifth ends it
-        (changed(9), 20),  # not among the first ten: begins behind it
+        (changed(9), 20),  # not among the first ten: begins after it
         (changed(4, 15, 26), 10 + 15),  # between 5 and 14 are ten words, which reach over 15 and 26
         (changed(10, 27, 28, 29), 27),  # nothing that differs at its end
         (changed(10, 11, 12, 13, 28), 30),  # the first match ends before 28, the one from 14 on skips it

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from babl import ops
+from babl import kernel_choice
 
 
 @pytest.fixture(autouse=True)
@@ -12,7 +12,7 @@ def _kernels():
     pytest.importorskip("triton", reason="needs triton, which there is for Linux")
     torch.manual_seed(0)
     yield
-    ops.use_kernels("off")
+    kernel_choice.use_kernels("off")
 
 
 @pytest.fixture(scope="session")

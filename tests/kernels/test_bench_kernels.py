@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from babl import ops
+from babl import kernel_choice
 from babl.errors import UserError
 from babl.scripts import bench_kernels
 
@@ -50,7 +50,7 @@ def test_without_a_gpu_nothing_is_measured():
 
 def test_each_way_of_each_case_computes_the_same_and_is_measured(device, monkeypatch):
     monkeypatch.setattr(bench_kernels, "_liger", dict)  # whose kernels write over their inputs, and are not interpreted
-    ops.use_kernels("off")
+    kernel_choice.use_kernels("off")
     torch.manual_seed(0)
     cases = [
         *bench_kernels.elementwise(4, 16, torch.float32, device),
@@ -60,7 +60,7 @@ def test_each_way_of_each_case_computes_the_same_and_is_measured(device, monkeyp
     ]
     rows = bench_kernels.measure(2, cases)
     assert len(rows) == sum(len(case.ways) for case in cases)
-    assert {row["operation"] for row in rows} - {"attention, dropout"} == set(ops.WIDEST) | {
+    assert {row["operation"] for row in rows} - {"attention, dropout"} == set(kernel_choice.WIDEST) | {
         "glu",
         "linear_cross_entropy",
     }

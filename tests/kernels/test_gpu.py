@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from babl import ops, rng
+from babl import kernel_choice, ops, rng
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,7 +79,7 @@ def test_rows_and_elements(dtype):
     torch.manual_seed(0)
     x, update = (torch.randn(1000, 768, device="cuda", dtype=dtype) for _ in range(2))
     w, b = (torch.randn(768, device="cuda", dtype=dtype) for _ in range(2))
-    ops.use_kernels("off")
+    kernel_choice.use_kernels("off")
     assert_as_near_as(lambda *a: rms_norm.rms_norm(*a, 1e-6), lambda *a: ops.rms_norm(*a, 1e-6), [x, w])
     assert_as_near_as(lambda *a: layer_norm.layer_norm(*a, 1e-5), lambda *a: ops.layer_norm(*a, 1e-5), [x, w, b])
     assert_as_near_as(glu.swiglu, ops.swiglu, [x, update])
@@ -97,7 +97,7 @@ def test_linear_cross_entropy(dtype):
     torch.manual_seed(0)
     x, w = (torch.randn(n, 64, device="cuda", dtype=dtype) for n in (3000, 5000))
     labels = torch.randint(5000, (3000,), device="cuda")
-    ops.use_kernels("off")
+    kernel_choice.use_kernels("off")
     exact, got = (
         gradients(fn, inputs)
         for fn, inputs in (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from babl import ops
+from babl import kernel_choice, ops
 from babl.data.collate import CausalFeature, Feature, collate, collate_causal
 from babl.models.bloom import Bloom, BloomConfig
 from babl.models.llama import Llama, LlamaConfig
@@ -66,8 +66,8 @@ def loss_and_gradients(model, batch, smoothing=0.1):
 
 def used(monkeypatch):
     """Returns a list that will hold the operations for which a kernel was chosen."""
-    found, chosen = [], ops._chosen
-    monkeypatch.setattr(ops, "_chosen", lambda name, *a: chosen(name, *a) and (found.append(name) or True))
+    found, chosen = [], ops.kernel_chosen
+    monkeypatch.setattr(ops, "kernel_chosen", lambda name, *a: chosen(name, *a) and (found.append(name) or True))
     return found
 
 
@@ -81,9 +81,9 @@ def assert_same(on, off):
 def test_loss_and_gradients_are_those_without_kernels(model, training, device, monkeypatch):
     model.train(training)
     given = batch(model, device)
-    ops.use_kernels("off")
+    kernel_choice.use_kernels("off")
     off = loss_and_gradients(model, given)
-    ops.use_kernels("on")
+    kernel_choice.use_kernels("on")
     chosen = used(monkeypatch)
     gated = {"glu"} if getattr(model.config, "feed_forward_proj", "") == "gated-gelu" else set()
     assert_same(loss_and_gradients(model, given), off)
@@ -103,7 +103,7 @@ def test_logits_are_those_without_kernels(model, side, device):
     real = torch.ones(2, 4, dtype=torch.bool, device=device) if more else mask.bool()
     logits = []
     for mode in ("off", "on"):
-        ops.use_kernels(mode)
+        kernel_choice.use_kernels(mode)
         with torch.no_grad():
             logits.append(model.eval()(ids, mask, **more)[real])
     torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
@@ -115,7 +115,7 @@ def test_writing_is_what_it_is_without_kernels(model, device):
     mask[1, 5:] = 0
     states = []
     for mode in ("off", "on"):
-        ops.use_kernels(mode)
+        kernel_choice.use_kernels(mode)
         with torch.no_grad():
             cache, state = model.eval().prefill(ids, mask, 3)
             states.append((state, model.decode(ids[:, :2], cache)))
@@ -127,7 +127,7 @@ def test_writing_is_what_it_is_without_kernels(model, device):
 def test_what_is_computed_anew_in_the_backward_is_the_same(model, what, device):
     model.train()
     given = batch(model, device)
-    ops.use_kernels("on")
+    kernel_choice.use_kernels("on")
     kept = loss_and_gradients(model, given)
     recompute_blocks(model, what)
     assert_same(loss_and_gradients(model, given), kept)
@@ -138,7 +138,7 @@ def test_without_a_key_torchs_generator_decides_what_attention_drops(device):
     model.init_weights(torch.Generator().manual_seed(0))
     given = batch(model, device)
     del given.inputs["dropout_key"]
-    ops.use_kernels("on")
+    kernel_choice.use_kernels("on")
     losses = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -151,7 +151,7 @@ def test_without_a_key_torchs_generator_decides_what_attention_drops(device):
 def test_a_compiled_model_is_one_graph(model, device):
     given = batch(model, device)
     model.train()
-    ops.use_kernels("on")
+    kernel_choice.use_kernels("on")
     ids = {name: x for name, x in given.inputs.items() if name != "logits_at"}
 
     def states(**inputs):

@@ -86,7 +86,7 @@ def test_another_optimizer_is_named_and_not_called_a_wrong_gradient(tmp_path):
 def test_an_edit_without_effect_is_told(tmp_path, capsys):
     script = tmp_path / "train.py"
     source = LOOP.read_text(encoding="utf-8")
-    line = "    ops.use_kernels()\n"
+    line = "    kernel_choice.use_kernels()\n"
     assert source.count(line) == 1
     script.write_text(source.replace(line, f"{line}    forgotten = 0.1\n"), encoding="utf-8")
     rows = prove(Request(script, [Case("llama", "ddp", 1, 1)]))

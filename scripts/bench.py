@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from babl import kernel_choice, ops
 from babl.data.collate import Feature, collate, make_prompts
-from babl.data.contexts import see
+from babl.data.contexts import build_views
 from babl.data.fictional import SYLLABLES
 from babl.data.loader import dropout_keys
 from babl.data.squad import Answer, Example, load_squad, to_squad
@@ -218,7 +218,7 @@ def lookup(model: str, data: str, limit: int | None, together: int) -> list[dict
     engine = Engine.load(model)
     configs = [GenerationConfig(32, prompt_lookup_num_tokens=number) for number in (0, LOOKUP_TOKENS)]
     longest = longest_prompt(engine, 32)
-    views, _ = see(load_squad(data)[:limit], "gold")
+    views, _ = build_views(load_squad(data)[:limit], "gold")
     prompts, _ = make_prompts(views, engine.tokenizer, longest, longest // 4, engine.style)
     same, tokens, steps, seconds = 0, 0, [0, 0], [0.0, 0.0]
     for at in range(0, len(prompts), together):

@@ -23,7 +23,7 @@ from babl.data.loader import BatchConfig
 from babl.data.sets import DataConfig
 from babl.data.squad import load_squad
 from babl.errors import UserError
-from babl.evaluation.predictions import Asking
+from babl.evaluation.predictions import PromptLimits
 from babl.evaluation.report import write_report
 from babl.evaluation.runner import evaluate
 from babl.generation import Engine
@@ -94,7 +94,7 @@ def run(out: Path, family: Family, minutes: float, seed: int) -> int:
     for arm, seconds in trained.items():
         folder = out / f"model-{arm}"
         shutil.copytree(out / arm / "checkpoints" / "latest", folder)
-        result = evaluate(Engine.load(folder), dev, arm, Asking(MAX_SOURCE, STRIDE, 16))
+        result = evaluate(Engine.load(folder), dev, arm, PromptLimits(MAX_SOURCE, STRIDE, 16))
         result.save(out / f"answers-{arm}")
         lines = [json.loads(line) for line in (out / arm / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         losses[arm] = [line["loss"] for line in lines if "loss" in line]

@@ -267,7 +267,7 @@ def streams(monkeypatch, tmp_path):
         record(f"seed {seed}, corpus", lambda: fictional.fictional_corpus(1, 1, seed))  # noqa: B023
         record(f"seed {seed}, weights", lambda: build_model(ModelConfig(shape=shape), tmp_path, seed))  # noqa: B023
         for arm in ("gold", "random", "mixture", "shuffled"):
-            record(f"seed {seed}, {arm}", lambda: contexts.see(examples[:40], arm, seed))  # noqa: B023
+            record(f"seed {seed}, {arm}", lambda: contexts.build_views(examples[:40], arm, seed))  # noqa: B023
         for epoch in (0, 1):
             record(f"seed {seed}, order {epoch}", lambda: loader.plan_epoch([(9, 3)] * 9, 40, seed, epoch))  # noqa: B023
         for step in (0, 1, 2, 1_000_003):

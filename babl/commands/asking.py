@@ -36,7 +36,7 @@ def query(args: argparse.Namespace) -> None:
     import math
 
     from babl.data.contexts import View
-    from babl.evaluation.predictions import Asking, predict, refuse_overlong
+    from babl.evaluation.predictions import PromptLimits, predict, refuse_overlong
     from babl.evaluation.runner import longest_prompt
     from babl.text.prompts import system_message
 
@@ -48,10 +48,12 @@ def query(args: argparse.Namespace) -> None:
             raise UserError(f"--context-file: {args.context_file} cannot be read ({error})") from None
     engine = load_engine(args)
     longest = longest_prompt(engine, args.max_new_tokens)
-    asking = Asking(longest, longest // 4, args.max_new_tokens, chat=args.chat, before=system_message(args.system))
+    limits = PromptLimits(
+        longest, longest // 4, args.max_new_tokens, chat=args.chat, before=system_message(args.system)
+    )
     views = [View("query", args.question, context)]
-    refuse_overlong(engine, views, asking)
-    (answer,) = predict(engine, views, asking, progress=False)
+    refuse_overlong(engine, views, limits)
+    (answer,) = predict(engine, views, limits, progress=False)
     if args.json:
         found = {"answer": answer.prediction, "probability": math.exp(answer.log_prob), "complete": answer.complete}
         print(json.dumps(found | {"windows": answer.windows}, ensure_ascii=False))

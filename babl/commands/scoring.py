@@ -59,7 +59,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from babl.data.contexts import TEST_ARMS
     from babl.data.squad import load_squad
     from babl.errors import did_you_mean
-    from babl.evaluation.predictions import Asking
+    from babl.evaluation.predictions import PromptLimits
     from babl.evaluation.runner import evaluate as run
     from babl.evaluation.runner import longest_prompt
     from babl.generation.conversation import prompt_style
@@ -88,8 +88,8 @@ def evaluate(args: argparse.Namespace) -> None:
     shots = _shots(args, engine, examples, longest)
     if shots:
         before, longest = shots.before, longest + shots.tokens
-    asking = Asking(longest, stride, args.max_new_tokens, unanswerable, args.chat, before)
-    result = run(engine, examples, args.context, asking, args.context_seed, Path(args.model), args.out, args.overlong)
+    limits = PromptLimits(longest, stride, args.max_new_tokens, unanswerable, args.chat, before)
+    result = run(engine, examples, args.context, limits, args.context_seed, Path(args.model), args.out, args.overlong)
     if shots:
         result.metrics |= shots.facts(result.questions)
     if too_long := result.metrics["overlong"]:
@@ -105,7 +105,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def _shots(args: argparse.Namespace, engine: "Engine", examples: "list[Example]", longest: int) -> "Shots | None":
     """Returns the worked examples that are asked for, and says which are not shown; None where none are."""
-    from babl.data.contexts import see
+    from babl.data.contexts import build_views
     from babl.data.squad import load_squad
     from babl.evaluation.shots import draw_shots, show_shots
     from babl.generation.conversation import prompt_style
@@ -123,7 +123,7 @@ def _shots(args: argparse.Namespace, engine: "Engine", examples: "list[Example]"
     limit = engine.prompt_limit(args.max_new_tokens)
     room = None if limit is None else limit - longest
     drawn = draw_shots(train, examples, args.shots, args.shots_seed)
-    views, missing = see(train, args.context, args.context_seed, spans=True)
+    views, missing = build_views(train, args.context, args.context_seed, spans=True)
     style = prompt_style(engine, args.chat)
     shots = show_shots(drawn, views, missing, system_message(args.system), engine.tokenizer, style, room)
     prompt_style(engine, args.chat, shots.before)

@@ -66,7 +66,7 @@ class CausalFeature(Feature):
 
 
 @dataclass
-class Losses:
+class Truncation:
     """What did not fit.
 
     Attributes:
@@ -210,7 +210,7 @@ def make_features(
     stride: int,
     style: Style = "t5",
     context_length: int | None = None,
-) -> tuple[list[Feature], Losses]:
+) -> tuple[list[Feature], Truncation]:
     """Returns what the model is trained on, and the count of what it is not.
 
     The target is the view's, or the words for "no answer". Where the context is not to hold the answer, as in the
@@ -227,7 +227,7 @@ def make_features(
     prompts, overlong = make_prompts(views, tokenizer, max_tokens, stride, style)
     with_unanswerable = any(not view.golds for view in views)
     windows = Counter(prompt.view for prompt in prompts)
-    losses = Losses(windowed=sum(number > 1 for number in windows.values()), overlong=overlong)
+    truncation = Truncation(windowed=sum(number > 1 for number in windows.values()), overlong=overlong)
     answered = set()
     kept: list[tuple[Prompt, str | None]] = []
     for prompt in prompts:
@@ -235,13 +235,13 @@ def make_features(
         answer = view.target
         if answer is not None and windows[prompt.view] > 1 and not _shows(prompt, view):
             if view.at is None or not with_unanswerable:
-                losses.excluded_windows += 1
+                truncation.excluded_windows += 1
                 continue
             answer = None
         if answer is not None or not view.golds:
             answered.add(prompt.view)
         kept.append((prompt, answer))
-    losses.lost_answers = len(windows) - len(answered)
+    truncation.lost_answers = len(windows) - len(answered)
     sources = prompt_ids([prompt.text for prompt, _ in kept], tokenizer, style)
     targets = continuation_ids([qa_target(answer, style) for _, answer in kept], tokenizer, style)
     feature = Feature if style == "t5" else CausalFeature
@@ -250,13 +250,13 @@ def make_features(
         for (prompt, _), source, target in zip(kept, sources, targets, strict=True)
     ]
     if context_length is None:
-        return features, losses
+        return features, truncation
     for long in (feature for feature in features if max(feature.lengths) > context_length):
-        losses.overlong[long.id] = (
+        truncation.overlong[long.id] = (
             f"the model's context is {context_length}, but question {long.id} takes {max(long.lengths)} tokens with "
             "its answer"
         )
-    return [feature for feature in features if max(feature.lengths) <= context_length], losses
+    return [feature for feature in features if max(feature.lengths) <= context_length], truncation
 
 
 def longest_prompt(

@@ -77,7 +77,9 @@ class View:
         return self.words or (self.golds[0] if self.golds else None)
 
 
-def see(examples: Sequence[Example], arm: Arm, seed: int = 0, spans: bool = False) -> tuple[list[View], dict[str, str]]:
+def build_views(
+    examples: Sequence[Example], arm: Arm, seed: int = 0, spans: bool = False
+) -> tuple[list[View], dict[str, str]]:
     """Returns what each question looks like in this arm, and the reason by id where it cannot be built.
 
     * none: the question alone. blank: as many words of filler as the paragraph has.

@@ -63,15 +63,14 @@ def prepare_data(
     window = tokenizer, limit, stride, style
     features = {}
     for name, examples in zip(names, sets, strict=True):
-        features[name], losses = make_features(views[name], *window, context_length)
+        features[name], truncation = make_features(views[name], *window, context_length)
         why = "".join(f", {number:,} not: {reason}" for reason, number in built[name][1].most_common())
-        counts = (
-            f"{len(examples):,} questions, {len(views[name]):,} shown{why}; {len(features[name]):,} examples, {losses}"
-        )
-        if losses.overlong and cfg.overlong == "error":
+        shown = f"{len(examples):,} questions, {len(views[name]):,} shown{why}"
+        counts = f"{shown}; {len(features[name]):,} examples, {truncation}"
+        if truncation.overlong and cfg.overlong == "error":
             raise UserError(
-                f"data.{name}: {len(losses.overlong):,} of {len(views[name]):,} questions are too long, and "
-                f'data.overlong is "error"; first: {next(iter(losses.overlong.values()))}'
+                f"data.{name}: {len(truncation.overlong):,} of {len(views[name]):,} questions are too long, and "
+                f'data.overlong is "error"; first: {next(iter(truncation.overlong.values()))}'
             )
         if not features[name]:
             raise UserError(f"data.{name} leaves no example: {counts}")

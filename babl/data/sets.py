@@ -7,7 +7,7 @@ from typing import Literal
 
 from babl.config import NonNegativeInt, PositiveInt
 from babl.data.articles import disjoint, split_by_article
-from babl.data.contexts import TrainArm, View, see
+from babl.data.contexts import TrainArm, View, build_views
 from babl.data.fictional import fictional_examples
 from babl.data.squad import Example, Reading, load_squad
 from babl.errors import UserError
@@ -85,7 +85,7 @@ def load_views(cfg: DataConfig, examples: list[Example]) -> tuple[list[View], Co
     Raises:
         UserError: There are none.
     """
-    views, missing = see(examples, cfg.context, cfg.context_seed, spans=True)
+    views, missing = build_views(examples, cfg.context, cfg.context_seed, spans=True)
     if not views:
         reason = next(iter(missing.values()))
         raise UserError(f'data.context is "{cfg.context}", which can be built for no question: {reason}')

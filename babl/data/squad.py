@@ -1,6 +1,6 @@
 """Questions with contexts and gold answers, read from files for two uses.
 
-*Scoring* (`load_golds`) looks at ids and gold texts alone, as the official scripts do. *Asking and training*
+*Scoring* (`load_golds`) looks at ids and gold texts alone, as the official scripts do. *PromptLimits and training*
 (`load_squad`) also need to know where a context says its answer: each one is placed (`babl.data.placing`), the gold
 text stays what is scored, and the context's own words are what is trained on and highlighted.
 """

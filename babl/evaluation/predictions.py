@@ -49,7 +49,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Asking:
+class PromptLimits:
     """How questions are asked.
 
     Attributes:
@@ -69,19 +69,19 @@ class Asking:
     before: tuple[Message, ...] = ()
 
 
-def refuse_overlong(engine: Engine, views: Sequence[View], asking: Asking) -> None:
+def refuse_overlong(engine: Engine, views: Sequence[View], limits: PromptLimits) -> None:
     """Every question can be asked.
 
     Raises:
         UserError: One is too long; the first is named.
     """
-    _, overlong = _prompts(engine, views, asking)
+    _, overlong = _prompts(engine, views, limits)
     if overlong:
         first = next(iter(overlong.values()))
         raise UserError(f"{len(overlong):,} of {len(views):,} questions are too long to be asked, first: {first}")
 
 
-def predict(engine: Engine, views: Sequence[View], asking: Asking, progress: bool = True) -> list[Prediction]:
+def predict(engine: Engine, views: Sequence[View], limits: PromptLimits, progress: bool = True) -> list[Prediction]:
     """Returns an answer to each view; where a context takes several windows, the likeliest answer of them.
 
     A question too long to be asked has an empty answer, so that it counts.
@@ -89,13 +89,13 @@ def predict(engine: Engine, views: Sequence[View], asking: Asking, progress: boo
     with tqdm(total=len(views), desc="questions", unit="q", disable=not progress) as bar:
         predictions = []
         for at in range(0, len(views), CHUNK):
-            predictions += _chunk(engine, views[at : at + CHUNK], asking)
+            predictions += _chunk(engine, views[at : at + CHUNK], limits)
             bar.update(len(predictions) - at)
     return predictions
 
 
 def predict_into(
-    path: Path, engine: Engine, views: Sequence[View], asking: Asking, key: str, progress: bool = True
+    path: Path, engine: Engine, views: Sequence[View], limits: PromptLimits, key: str, progress: bool = True
 ) -> list[Prediction]:
     """Returns what `predict` does, each chunk on disk before the next is asked; what the file has stays.
 
@@ -103,7 +103,7 @@ def predict_into(
         path: JSON lines, the first one the key's.
         engine: Answers.
         views: The questions.
-        asking: How.
+        limits: How.
         key: Of everything that decides the answers (`answer_key`); a file of another key is begun anew.
         progress: Whether stderr shows a bar.
 
@@ -122,7 +122,7 @@ def predict_into(
             tqdm(total=len(views), initial=len(done), desc=path.stem, unit="q", disable=not progress) as bar,
         ):
             for at in range(len(done), len(views), CHUNK):
-                chunk = _chunk(engine, views[at : at + CHUNK], asking)
+                chunk = _chunk(engine, views[at : at + CHUNK], limits)
                 _append(file, map(asdict, chunk))
                 bar.update(len(chunk))
                 done += chunk
@@ -165,14 +165,14 @@ def read_predictions(path: Path) -> list[Prediction]:
         raise UserError(f"{path}: not the predictions that were written ({error})") from None
 
 
-def answer_key(engine: Engine, folder: Path, views: Sequence[View], asking: Asking) -> str:
+def answer_key(engine: Engine, folder: Path, views: Sequence[View], limits: PromptLimits) -> str:
     """Returns a hash of all that decides the answers: weights, tokenizer, questions, decoding, numbers and code."""
     files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".model", ".json"))
     parts: Mapping[str, Any] = {
         # A checkpoint has files of its trainer beside the model's.
         "model": {p.name: file_hash(p) for p in files if not p.name.startswith(("optimizer", "trainer", "manifest"))},
         "views": hashlib.sha256("\n".join(map(repr, views)).encode()).hexdigest(),
-        "asking": asdict(asking),
+        "limits": asdict(limits),
         "format": f"{next(engine.model.parameters()).dtype} on {engine.device.type}",
         "cleaning": CLEAN_ANSWER_VERSION,
         "code": code_hash(DECIDING),
@@ -192,16 +192,16 @@ def code_hash(rooms: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _prompts(engine: Engine, views: Sequence[View], asking: Asking) -> tuple[list[Prompt], dict[str, str]]:
-    style = prompt_style(engine, asking.chat, asking.before)
-    return make_prompts(views, engine.tokenizer, asking.max_source_tokens, asking.stride, style, asking.before)
+def _prompts(engine: Engine, views: Sequence[View], limits: PromptLimits) -> tuple[list[Prompt], dict[str, str]]:
+    style = prompt_style(engine, limits.chat, limits.before)
+    return make_prompts(views, engine.tokenizer, limits.max_source_tokens, limits.stride, style, limits.before)
 
 
-def _chunk(engine: Engine, views: Sequence[View], asking: Asking) -> list[Prediction]:
-    prompts, _ = _prompts(engine, views, asking)
-    config = GenerationConfig(asking.max_new_tokens, stop_strings=ANSWER_END, prompt_lookup_num_tokens=LOOKUP_TOKENS)
-    style = prompt_style(engine, asking.chat, asking.before)
-    ids = prompt_ids([prompt.text for prompt in prompts], engine.tokenizer, style, asking.before)
+def _chunk(engine: Engine, views: Sequence[View], limits: PromptLimits) -> list[Prediction]:
+    prompts, _ = _prompts(engine, views, limits)
+    config = GenerationConfig(limits.max_new_tokens, stop_strings=ANSWER_END, prompt_lookup_num_tokens=LOOKUP_TOKENS)
+    style = prompt_style(engine, limits.chat, limits.before)
+    ids = prompt_ids([prompt.text for prompt in prompts], engine.tokenizer, style, limits.before)
     answers = engine.answer(ids, config)
     windows = Counter(prompt.view for prompt in prompts)
     best: dict[int, int] = {}  # view -> the prompt whose answer is likeliest
@@ -209,13 +209,13 @@ def _chunk(engine: Engine, views: Sequence[View], asking: Asking) -> list[Predic
         if prompt.view not in best or answers[i].log_prob > answers[best[prompt.view]].log_prob:
             best[prompt.view] = i
     unanswerable: dict[int, float] = {}
-    if asking.no_answer:
+    if limits.no_answer:
         scores = engine.score([ids[i] for i in best.values()], [qa_target(None, style)] * len(best))
         unanswerable = {view: math.exp(sum(tokens)) for view, tokens in zip(best, scores, strict=True)}
     predictions = []
     for k, view in enumerate(views):
         if k not in best:
-            predictions.append(Prediction(view.id, "", 0.0, 0, True, 0, 1.0 if asking.no_answer else None))
+            predictions.append(Prediction(view.id, "", 0.0, 0, True, 0, 1.0 if limits.no_answer else None))
             continue
         a = answers[best[k]]
         clean = clean_answer(a.text)

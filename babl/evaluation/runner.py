@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from babl.data.contexts import TestArm, View, see
+from babl.data.contexts import TestArm, View, build_views
 from babl.data.squad import Answer, Example, to_squad
 from babl.errors import UserError
 from babl.evaluation.predictions import (
-    Asking,
     Prediction,
+    PromptLimits,
     answer_key,
     key_of,
     predict,
@@ -60,7 +60,7 @@ def evaluate(
     engine: Engine,
     examples: list[Example],
     arm: TestArm,
-    asking: Asking,
+    limits: PromptLimits,
     context_seed: int = 0,
     model: Path | None = None,
     out: Path | None = None,
@@ -72,7 +72,7 @@ def evaluate(
         engine: Answers.
         examples: The questions; those that the arm cannot be built for are left out and counted.
         arm: Which context they see.
-        asking: How prompts are cut and answers ended.
+        limits: How prompts are cut and answers ended.
         context_seed: Of the arm's draws.
         model: The engine's folder.
         out: A folder that keeps each answer as it comes, so that a killed evaluation goes on; with `model` alone.
@@ -82,19 +82,19 @@ def evaluate(
         UserError: The arm cannot be built for any question, one is too long and that is an error, or the folder has
             answers of another evaluation.
     """
-    views, missing = see(examples, arm, context_seed)
+    views, missing = build_views(examples, arm, context_seed)
     if not views:
         raise UserError(
             f"--context {arm} can be built for none of {len(examples)} questions: {missing[examples[0].id]}"
         )
     if overlong == "error":
-        refuse_overlong(engine, views, asking)
+        refuse_overlong(engine, views, limits)
     if model and out:
-        key, path = answer_key(engine, model, views, asking), out / f"predictions-{arm}.jsonl"
+        key, path = answer_key(engine, model, views, limits), out / f"predictions-{arm}.jsonl"
         _check_own(out, path, key)
-        predictions = predict_into(path, engine, views, asking, key)
+        predictions = predict_into(path, engine, views, limits, key)
     else:
-        predictions = predict(engine, views, asking)
+        predictions = predict(engine, views, limits)
     questions = asked(examples, views)
     metrics = summarize(questions, predictions)
     metrics |= {

@@ -14,9 +14,9 @@ from pathlib import Path
 import tomli_w
 
 from babl.data.collate import make_features
-from babl.data.contexts import TestArm, TrainArm, see
+from babl.data.contexts import TestArm, TrainArm, build_views
 from babl.errors import UserError
-from babl.evaluation.predictions import CHUNK, Asking, predict
+from babl.evaluation.predictions import CHUNK, PromptLimits, predict
 from babl.evaluation.statistics import expected_standard_error, minimal_detectable_effect, too_few, widest_scope
 from babl.experiment.figures import SHORT
 from babl.experiment.plan import Cell, Plan
@@ -53,7 +53,7 @@ def forecast(plan: Plan) -> Iterator[str]:
 
     Each model is trained for a few steps, and asked a few questions, to learn how fast it is here.
     """
-    steps, a_step = plan.tree["run"]["train"]["steps"], plan.tree["run"]["batch"]["examples"]
+    examples = plan.tree["run"]["train"]["steps"] * plan.tree["run"]["batch"]["examples"]
     kept = plan.tree["run"]["train"]["keep_last"] + 1
     questions, conditions = plan.tree["data"]["questions"]["test"], len(plan.tree["tests"])
     per_arm = Counter((cell.model, cell.arm) for cell in (*plan.trials, *plan.cells))
@@ -64,10 +64,8 @@ def forecast(plan: Plan) -> Iterator[str]:
         for arm in plan.tree["arms"]:
             cells = per_arm[model, arm]
             tokens, targets = _lengths(plan, trial.engine, arm)
-            work = training_flops(trial.weights, int(tokens * steps * a_step), int(targets * steps * a_step))
-            took = (
-                tokens * steps * a_step / trial.tokens_per_second + questions * conditions / trial.questions_per_second
-            )
+            work = training_flops(trial.weights, int(tokens * examples), int(targets * examples))
+            took = tokens * examples / trial.tokens_per_second + questions * conditions / trial.questions_per_second
             yield f"{model:<12} {arm:<18} {cells:>5} {tokens:>15.1f} {work:>11.2e} {took / 60:>13.1f}"
             seconds, disk, flops = seconds + cells * took, disk + cells * kept * trial.disk, flops + cells * work
     yield f"\n{len(plan.cells)} cells and {len(plan.trials)} trials of the grid: {flops:.2e} FLOPs"
@@ -101,9 +99,9 @@ def try_model(plan: Plan, model: str) -> Trial:
         speeds = [line["tokens_per_second"] for line in map(json.loads, log) if "loss" in line]
         engine = Engine.load(folder)
         condition: TestArm = arm if arm in plan.tree["tests"] else "gold"
-        views = see(plan.data("test"), condition, plan.tree["data"]["context_seed"])[0][:CHUNK]
+        views = build_views(plan.data("test"), condition, plan.tree["data"]["context_seed"])[0][:CHUNK]
         begun = time.perf_counter()
-        predict(engine, views, Asking(**plan.tree["decoding"]), progress=False)
+        predict(engine, views, PromptLimits(**plan.tree["decoding"]), progress=False)
         return Trial(
             statistics.median(speeds[WARM_UP_STEPS:]),
             len(views) / (time.perf_counter() - begun),
@@ -116,7 +114,7 @@ def try_model(plan: Plan, model: str) -> Trial:
 def _lengths(plan: Plan, engine: Engine, arm: TrainArm) -> tuple[float, float]:
     """Returns the mean tokens of an example, source and target together, and of its target."""
     examples = plan.data("train")[:SAMPLE]
-    views, _ = see(examples, arm, plan.tree["data"]["context_seed"])
+    views, _ = build_views(examples, arm, plan.tree["data"]["context_seed"])
     data = plan.tree["decoding"]
     features, _ = make_features(views, engine.tokenizer, data["max_source_tokens"], data["stride"], engine.style)
     return (

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from babl.config import at_least
 from babl.data.articles import disjoint, split_by_article
-from babl.data.contexts import Arm, TestArm, TrainArm, View, see
+from babl.data.contexts import Arm, TestArm, TrainArm, View, build_views
 from babl.data.fictional import chance_exact, fictional_corpus
 from babl.data.formats import data_hash
 from babl.data.overlap import find_overlap
@@ -246,7 +246,7 @@ def manifest(examples: Sequence[Example], arms: Iterable[Arm], seed: int) -> lis
     """Returns for each question, by id, the hash of what each arm shows of it."""
     rows: dict[str, Tree] = {example.id: {"id": example.id} for example in examples}
     for arm in arms:
-        for view in see(examples, arm, seed)[0]:
+        for view in build_views(examples, arm, seed)[0]:
             rows[view.id][arm] = view_hash(view)
     return list(rows.values())
 
@@ -433,7 +433,7 @@ def keep_buildable(
     while True:
         lost: dict[str, str] = {}
         for arm in arms:
-            views, missing = see(examples, arm, seed, spans=True)
+            views, missing = build_views(examples, arm, seed, spans=True)
             for qid, reason in missing.items():
                 lost.setdefault(qid, f"{arm}: {reason}")
             for limit in limits:

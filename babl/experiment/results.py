@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from babl.data.contexts import View, see
+from babl.data.contexts import View, build_views
 from babl.data.squad import Example, load_squad, to_squad
 from babl.errors import UserError
 from babl.evaluation.predictions import read_predictions
@@ -142,7 +142,7 @@ def rebuild_views(test: Sequence[Example], condition: str, seed: int) -> list[Vi
     Raises:
         UserError: One cannot be built; the plan should have left the question out of every arm.
     """
-    views, missing = see(test, condition, seed)  # type: ignore[arg-type]
+    views, missing = build_views(test, condition, seed)  # type: ignore[arg-type]
     if missing:
         qid, reason = min(missing.items())
         raise UserError(f"data/test.json: question {qid} has no {condition} context ({reason}), but is in the plan")

@@ -31,13 +31,13 @@ import tomli_w
 from filelock import FileLock
 from safetensors import safe_open
 
-from babl.data.contexts import TestArm, View, see
+from babl.data.contexts import TestArm, View, build_views
 from babl.data.loader import deal_epoch
 from babl.data.prepare import context_words
 from babl.data.squad import Example
 from babl.distributed.failure import EXIT_PREEMPTED
 from babl.errors import UserError
-from babl.evaluation.predictions import Asking, Prediction, answer_key, predict_into
+from babl.evaluation.predictions import Prediction, PromptLimits, answer_key, predict_into
 from babl.evaluation.runner import asked
 from babl.evaluation.squad import score
 from babl.experiment.plan import Cell, Plan, Tree
@@ -209,12 +209,12 @@ def _facts(plan: Plan, cell: Cell, run: Tree) -> Tree:
     }
 
 
-def order_hash(examples: list[Example], a_step: int, seed: int, steps: int) -> str:
+def order_hash(examples: list[Example], examples_per_step: int, seed: int, steps: int) -> str:
     """Returns the sha256 of the question ids in the order trained on, which every arm of a seed must share."""
     order: list[str] = []
     words, epoch, left = context_words(examples), 0, steps
     while left > 0:
-        batches = deal_epoch(words, a_step, seed, epoch)[:left]
+        batches = deal_epoch(words, examples_per_step, seed, epoch)[:left]
         order += [examples[i].id for batch in batches for i in batch]
         epoch, left = epoch + 1, left - len(batches)
     return hashlib.sha256("\n".join(order).encode()).hexdigest()
@@ -287,12 +287,12 @@ def _score(plan: Plan, cell: Cell, leave: Callable[[], bool]) -> None:
         if leave():
             raise Left
         examples = sets[name]
-        views, missing = see(examples, condition, plan.tree["data"]["context_seed"])
+        views, missing = build_views(examples, condition, plan.tree["data"]["context_seed"])
         assert not missing, (condition, missing)
-        asking = Asking(**decoding, no_answer=examples[0].version == "2.0")
+        limits = PromptLimits(**decoding, no_answer=examples[0].version == "2.0")
         path = folder / "predictions" / f"{condition}.jsonl"
-        key = answer_key(engine, model, views, asking)
-        predictions = predict_into(path, engine, views, asking, key, progress=False)
+        key = answer_key(engine, model, views, limits)
+        predictions = predict_into(path, engine, views, limits, key, progress=False)
         scored[condition] = scores_of(examples, views, predictions) | {"predictions": file_hash(path)}
     seconds = read_json(folder / "seconds.json") or {}
     write_json(folder / "seconds.json", seconds | {"predict": round(time.perf_counter() - begun, 1)})

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from babl.data.contexts import Arm, see
+from babl.data.contexts import Arm, build_views
 from babl.data.formats import data_hash
 from babl.data.sets import FICTIONAL
 from babl.errors import UserError
@@ -92,7 +92,7 @@ def _scores(plan: Plan, cell: Cell) -> Iterator[str]:
     for part, condition in conditions(plan, cell):
         path = folder / "predictions" / f"{condition}.jsonl"
         examples = plan.data(part)
-        views, _ = see(examples, condition, plan.tree["data"]["context_seed"])
+        views, _ = build_views(examples, condition, plan.tree["data"]["context_seed"])
         try:
             now = scores_of(examples, views, read_predictions(path)) | {"predictions": file_hash(path)}
         except (UserError, OSError) as error:

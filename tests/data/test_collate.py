@@ -15,7 +15,7 @@ from babl.data.collate import (
     make_features,
     make_prompts,
 )
-from babl.data.contexts import View, see
+from babl.data.contexts import View, build_views
 from babl.data.squad import load_squad
 from babl.generation import Engine
 from babl.models.llama import Llama, LlamaConfig
@@ -76,7 +76,7 @@ def test_what_is_asked_begins_as_what_was_learned_on_the_whole_corpus(shared, na
         model = T5(T5Config(**shape)) if name.endswith("t5") else Llama(LlamaConfig(**shape))
     engine = Engine(model, tokenizer)
     files = [shared / "data/squad" / f"{name}.json" for name in ("train-v1.1-slice", "dev-v1.1-xquad-en")]
-    views = [view for file in files for view in see(load_squad(file), "gold")[0]]
+    views = [view for file in files for view in build_views(load_squad(file), "gold")[0]]
     features, losses = make_features(views, tokenizer, 10_000, 0, engine.style)
     prompts, _ = make_prompts(views, tokenizer, 10_000, 0, engine.style)
     assert len(features) == len(prompts) == len(views) == 5560 and losses.windowed == 0

@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from babl.data.contexts import FILLER, TEST_ARMS, TRAIN_ARMS, holds, see
+from babl.data.contexts import FILLER, TEST_ARMS, TRAIN_ARMS, build_views, holds
 from babl.data.fictional import fictional_corpus
 from babl.data.kinds import answer_kind
 from babl.data.squad import Answer, Example, load_squad, parse_squad
@@ -25,17 +25,17 @@ def real(shared):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_an_arm_is_a_function_of_the_seed_and_the_question(examples, arm):
-    views, _ = see(examples, arm, seed=5)
-    assert (views, {}) == (see(examples, arm, seed=5)[0], {})
-    again = {view.id: view for view in see(examples[::-1], arm, seed=5)[0]}
+    views, _ = build_views(examples, arm, seed=5)
+    assert (views, {}) == (build_views(examples, arm, seed=5)[0], {})
+    again = {view.id: view for view in build_views(examples[::-1], arm, seed=5)[0]}
     assert all(again[view.id] == view for view in views), "whatever the order of the file"
     drawn = arm in ("random", "same-article", "gold+distractors", "mixture", "counterfactual", "shuffled")
-    assert (see(examples, arm, seed=6)[0] != views) == drawn
+    assert (build_views(examples, arm, seed=6)[0] != views) == drawn
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_real_question_is_built_or_has_a_reason(real, arm):
-    views, missing = see(real, arm)
+    views, missing = build_views(real, arm)
     assert sorted([view.id for view in views] + list(missing)) == sorted(e.id for e in real)
     assert len(views) > 0.95 * len(real) and all(missing.values())
     assert [v.id for v in views] == [e.id for e in real if e.id not in missing], "in the order of the file"
@@ -44,7 +44,7 @@ def test_every_real_question_is_built_or_has_a_reason(real, arm):
 
 
 def by_id(examples, arm):
-    views, _ = see(examples, arm)
+    views, _ = build_views(examples, arm)
     originals = {e.id: e for e in examples}
     return [(view, originals[view.id]) for view in views]
 
@@ -132,7 +132,7 @@ def test_what_cannot_be_built_says_why():
         example("the", "It is the one. It stands.", "the"),
         example("across", "He met Dr No. Yes is here. All left.", "No. Yes"),
     ]
-    reasons = {arm: see(examples, arm)[1] for arm in ARMS}
+    reasons = {arm: build_views(examples, arm)[1] for arm in ARMS}
     assert reasons["answer-removed"] == {
         "one": "every sentence holds the answer",
         "the": "there is no answer to remove",
@@ -143,10 +143,10 @@ def test_what_cannot_be_built_says_why():
     }
     assert set(reasons["random"].values()) == {"no paragraph of another article is long enough"}
     assert reasons["gold+distractors"] == {}
-    assert set(see(examples[:2], "gold+distractors")[1].values()) == {
+    assert set(build_views(examples[:2], "gold+distractors")[1].values()) == {
         "the article has fewer than 2 other paragraphs without the answer"
     }
-    assert set(see(examples[:1], "same-article")[1].values()) == {
+    assert set(build_views(examples[:1], "same-article")[1].values()) == {
         "no other paragraph of the article is without the answer"
     }
     assert set(reasons["counterfactual"].values()) == {
@@ -157,9 +157,9 @@ def test_what_cannot_be_built_says_why():
 
 def test_an_unanswerable_question_keeps_its_context():
     examples = [Example("q", "T", "What?", "One sentence. Another one.", ())]
-    (view,), _ = see(examples, "gold")
+    (view,), _ = build_views(examples, "gold")
     assert (view.golds, view.at) == ((), None)
-    assert see(examples, "answer-removed")[1] == {"q": "there is no answer to remove"}
+    assert build_views(examples, "answer-removed")[1] == {"q": "there is no answer to remove"}
 
 
 @pytest.mark.parametrize(
@@ -187,13 +187,14 @@ def test_the_contexts_own_form_of_an_answer_is_removed_and_replaced_and_trained_
         Example("s", "U", "Where does Ida live?", "Ida lives in Trier.", (Answer("Trier", 13),)),
     ]
     views = {
-        arm: {v.id: v for v in see(examples, arm)[0]} for arm in ("none", "gold", "answer-removed", "counterfactual")
+        arm: {v.id: v for v in build_views(examples, arm)[0]}
+        for arm in ("none", "gold", "answer-removed", "counterfactual")
     }
     assert views["none"]["q"].target == views["gold"]["q"].target == own and views["none"]["q"].golds == ("Köln",)
     assert views["gold"]["q"].at == home.index(own)
     assert views["answer-removed"]["q"].context == "She lives in Bonn."
     assert own not in views["counterfactual"]["q"].context
-    assert "q" not in {v.id for v in see(examples, "same-article")[0]}  # the other paragraph has it, too
+    assert "q" not in {v.id for v in build_views(examples, "same-article")[0]}  # the other paragraph has it, too
 
 
 def test_an_answer_that_the_context_does_not_hold_is_asked_and_not_trained_on():
@@ -205,7 +206,7 @@ def test_an_answer_that_the_context_does_not_hold_is_asked_and_not_trained_on():
     trained = {"none": "abc", "gold": "b", "mixture": "b", "blank": "ab", "shuffled": "b"}
     asked = trained | {"gold": "ab", "mixture": "ab"}
     for arm in trained:
-        assert "".join(view.id for view in see(examples, arm, spans=True)[0]) == trained[arm], arm
-        assert "".join(view.id for view in see(examples, arm)[0]) == asked[arm], arm
-    reasons = see(examples, "gold", spans=True)[1]
+        assert "".join(view.id for view in build_views(examples, arm, spans=True)[0]) == trained[arm], arm
+        assert "".join(view.id for view in build_views(examples, arm)[0]) == asked[arm], arm
+    reasons = build_views(examples, "gold", spans=True)[1]
     assert reasons == {"a": "the context does not hold the answer", "c": "the question has no context"}

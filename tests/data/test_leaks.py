@@ -11,7 +11,7 @@ import unicodedata
 
 import pytest
 
-from babl.data.contexts import see
+from babl.data.contexts import build_views
 from babl.data.squad import Answer, Example, load_squad
 
 ARMS = ("answer-removed", "same-article", "gold+distractors")
@@ -72,7 +72,7 @@ def test_no_context_of_the_real_files_that_must_not_hold_an_answer_does(shared, 
             for paragraph in article["paragraphs"]
             for qa in paragraph["qas"]
         }
-        views, _ = see(load_squad(path), arm)
+        views, _ = build_views(load_squad(path), arm)
         asked, built = asked + len(own), built + len(views)
         for view in views:
             context, golds = own[view.id]
@@ -118,7 +118,7 @@ def test_every_arm_is_built_in_every_script_and_holds_the_answer_only_where_it_s
     examples, (answer, context) = town(language), TOWNS[language]
     views = {}
     for arm in (*ARMS, "shuffled", "random", "blank", "gold"):
-        built, missing = see(examples, arm)
+        built, missing = build_views(examples, arm)
         assert "A0" not in missing, (arm, missing)
         views[arm] = next(view for view in built if view.id == "A0")
     for arm in ("answer-removed", "same-article", "blank", "random"):
@@ -141,5 +141,5 @@ def test_a_context_of_spaces_or_none_is_said_and_never_a_traceback():
     for context in ("", "   ", "\n\u3000"):
         odd = Example("odd", "C", "?", context, (Answer("x", None),))
         for arm in (*ARMS, "shuffled", "random", "blank", "gold", "mixture", "counterfactual", "context-only"):
-            assert see([*examples, odd], arm)[1]["odd"] == "the question has no context"
-        assert any(view.id == "odd" for view in see([*examples, odd], "none")[0])
+            assert build_views([*examples, odd], arm)[1]["odd"] == "the question has no context"
+        assert any(view.id == "odd" for view in build_views([*examples, odd], "none")[0])

@@ -4,19 +4,19 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from babl.data.contexts import see
+from babl.data.contexts import build_views
 from babl.data.fictional import fictional_corpus
 from babl.data.squad import parse_squad
 from babl.errors import UserError
 from babl.evaluation import predictions
-from babl.evaluation.predictions import Asking, Prediction, answer_key, predict, predict_into, read_predictions
+from babl.evaluation.predictions import Prediction, PromptLimits, answer_key, predict, predict_into, read_predictions
 from babl.evaluation.runner import evaluate
 from babl.generation import Engine
 from babl.models import save_pretrained
 from babl.models.t5 import T5, T5Config
 from babl.text import train_tokenizer
 
-ASKING = Asking(max_source_tokens=128, stride=16, max_new_tokens=4)
+ASKING = PromptLimits(max_source_tokens=128, stride=16, max_new_tokens=4)
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +41,16 @@ def engine(folder):
 
 def test_predictions_go_on_where_a_kill_has_left_them(tmp_path, monkeypatch, engine, folder, examples):
     monkeypatch.setattr(predictions, "CHUNK", 10)
-    views, _ = see(examples, "gold")
+    views, _ = build_views(examples, "gold")
     path, key = tmp_path / "a" / "gold.jsonl", answer_key(engine, folder, views, ASKING)
     whole = predict_into(path, engine, views, ASKING, key, progress=False)
     written = path.read_bytes()
     assert whole == predict(engine, views, ASKING, progress=False) == read_predictions(path)
     asked = []
 
-    def counted(engine, views, asking, chunk=predictions._chunk):
+    def counted(engine, views, limits, chunk=predictions._chunk):
         asked.extend(views)
-        return chunk(engine, views, asking)
+        return chunk(engine, views, limits)
 
     monkeypatch.setattr(predictions, "_chunk", counted)
     for cut in (10, len(written) // 2, len(written) - 1, len(written)):
@@ -63,11 +63,11 @@ def test_predictions_go_on_where_a_kill_has_left_them(tmp_path, monkeypatch, eng
 
 
 def test_the_key_names_everything_that_decides_an_answer(engine, folder, examples, tmp_path):
-    views, _ = see(examples, "gold")
+    views, _ = build_views(examples, "gold")
     keys = {
         answer_key(engine, folder, views, ASKING),
         answer_key(engine, folder, views[1:], ASKING),
-        answer_key(engine, folder, views, Asking(128, 16, 5)),
+        answer_key(engine, folder, views, PromptLimits(128, 16, 5)),
     }
     weights = folder / "model.safetensors"
     kept = weights.read_bytes()
@@ -82,8 +82,8 @@ def test_the_key_names_everything_that_decides_an_answer(engine, folder, example
 
 
 def test_the_probability_of_no_answer_is_that_of_writing_so(engine, examples):
-    views, _ = see(examples[:4], "gold")
-    asked = predict(engine, views, Asking(128, 16, 4, no_answer=True), progress=False)
+    views, _ = build_views(examples[:4], "gold")
+    asked = predict(engine, views, PromptLimits(128, 16, 4, no_answer=True), progress=False)
     assert all(0 < p.no_answer < 1 for p in asked)
     assert [p.no_answer for p in predict(engine, views, ASKING, progress=False)] == [None] * 4
 
@@ -113,11 +113,11 @@ def test_a_file_of_something_else_is_named(tmp_path):
 
 def test_a_question_too_long_to_be_asked_counts_as_answered_with_nothing(engine, examples):
     long = replace(examples[0], id="long", question="who " * 200)
-    asking = replace(ASKING, no_answer=True)
-    found = evaluate(engine, [*examples, long], "gold", asking)
+    limits = replace(ASKING, no_answer=True)
+    found = evaluate(engine, [*examples, long], "gold", limits)
     assert found.predictions["long"] == "" and found.metrics["overlong"] == 1
     assert found.metrics["total"] == len(examples) + 1 == len(found.predictions), "the official number of questions"
-    alone = evaluate(engine, examples, "gold", asking)
+    alone = evaluate(engine, examples, "gold", limits)
     assert {qid: text for qid, text in found.predictions.items() if qid != "long"} == alone.predictions
     assert alone.metrics["overlong"] == 0
     right = alone.metrics["exact"] * len(examples)

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from babl.data.contexts import see
+from babl.data.contexts import build_views
 from babl.data.fictional import chance_exact, fictional_corpus
 from babl.data.overlap import find_overlap
 from babl.data.squad import load_squad, parse_squad, to_squad
@@ -36,7 +36,7 @@ def buildable(examples):
     while True:
         missing = {}
         for condition in TESTS:
-            missing |= see(examples, condition, 0)[1]
+            missing |= build_views(examples, condition, 0)[1]
         if not missing:
             return examples, excluded
         for reason in missing.values():
@@ -131,7 +131,7 @@ class Experiment:
         answers = sorted({e.answers[0].text for e in load_squad(self.folder / "data" / "train.json")})
         lines = [{"key": f"{cell['id']}/{condition}"}]
         golds = {}
-        for example, view in zip(self.test, see(self.test, condition, 0)[0], strict=True):
+        for example, view in zip(self.test, build_views(self.test, condition, 0)[0], strict=True):
             text = (
                 self.says(cell["arm"], example, view, rng)
                 if self.says

@@ -11,7 +11,7 @@ from statistics import mean
 
 import pytest
 
-from babl.data.contexts import see
+from babl.data.contexts import build_views
 from babl.data.squad import load_squad
 from babl.evaluation.baselines import baselines
 from babl.experiment.forecast import _power
@@ -131,7 +131,7 @@ def truth(told):
 
 def rewritten(experiment):
     """The right answers of the counterfactual questions."""
-    return {view.id: view.golds for view in see(experiment.test, "counterfactual", 0)[0]}
+    return {view.id: view.golds for view in build_views(experiment.test, "counterfactual", 0)[0]}
 
 
 def close(shown, value):

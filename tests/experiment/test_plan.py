@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from babl.config import build_config
-from babl.data.contexts import see
+from babl.data.contexts import build_views
 from babl.data.fictional import fictional_corpus
 from babl.data.squad import load_squad
 from babl.errors import UserError
@@ -37,7 +37,7 @@ def test_every_arm_has_the_same_questions_and_a_hash_of_what_it_shows(plan):
         examples = plan.data(part)
         assert [row["id"] for row in rows] == [example.id for example in examples]
         for arm in arms:
-            views, missing = see(examples, arm, plan.tree["data"]["context_seed"])
+            views, missing = build_views(examples, arm, plan.tree["data"]["context_seed"])
             assert not missing and [row[arm] for row in rows] == [module.view_hash(view) for view in views]
     titles = [{example.title for example in plan.data(part)} for part in ("train", "validation", "test")]
     assert sum(map(len, titles)) == len(set.union(*titles)) == 9, "no article is in two parts"

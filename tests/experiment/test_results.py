@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from babl.data.contexts import see
+from babl.data.contexts import build_views
 from babl.errors import UserError
 from babl.experiment.results import read_results
 from babl.files import file_hash
@@ -23,7 +23,7 @@ def test_what_was_written_is_read_cell_by_cell(finished):
 
 def test_a_counterfactual_answer_is_right_where_it_is_the_new_one(finished):
     outcome = read_results(finished.folder).done("tiny-t5", "gold", "counterfactual")[0]
-    views, _ = see(finished.test, "counterfactual", 0)
+    views, _ = build_views(finished.test, "counterfactual", 0)
     for view, example, text, exact in zip(views, finished.test, outcome.predictions, outcome.exact, strict=True):
         assert exact == 100 * (text.lower() == view.golds[0].lower())
         assert view.golds[0] != example.answers[0].text

@@ -78,12 +78,12 @@ def test_another_machine_s_cell_is_taken_once_its_heart_has_stopped(tmp_path):
 
 
 def test_the_order_is_what_the_loader_deals():
-    examples, a_step, steps = parse_squad(fictional_corpus(2, 1)[0], "fictional"), 8, 17
+    examples, examples_per_step, steps = parse_squad(fictional_corpus(2, 1)[0], "fictional"), 8, 17
     words = [len(example.context.split()) for example in examples]
-    loader = Loader([(1, 1)] * len(words), words, BatchConfig(examples=a_step), 3, 0, 1)
+    loader = Loader([(1, 1)] * len(words), words, BatchConfig(examples=examples_per_step), 3, 0, 1)
     dealt = [examples[i].id for _ in range(steps) for i in loader.next_step()[0]]
-    assert order_hash(examples, a_step, 3, steps) == hashlib.sha256("\n".join(dealt).encode()).hexdigest()
-    assert order_hash(examples, a_step, 3, steps) != order_hash(examples, a_step, 4, steps)
+    assert order_hash(examples, examples_per_step, 3, steps) == hashlib.sha256("\n".join(dealt).encode()).hexdigest()
+    assert order_hash(examples, examples_per_step, 3, steps) != order_hash(examples, examples_per_step, 4, steps)
 
 
 def test_the_order_is_that_of_training_where_words_are_not_between_spaces(tmp_path):

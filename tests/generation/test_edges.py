@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from babl import cli
 from babl.data.contexts import View
 from babl.errors import UserError
-from babl.evaluation.predictions import Asking, predict
+from babl.evaluation.predictions import PromptLimits, predict
 from babl.generation import Engine, GenerationConfig
 from babl.models import from_pretrained
 from babl.text import load_tokenizer
@@ -179,7 +179,7 @@ def test_the_probability_of_an_answer_is_that_of_the_line_shown(stories, shared)
     from transformers import LlamaForCausalLM
 
     question, context = "What did Tom see?", "Tom saw a big red ball in the park."
-    (found,) = predict(stories, [View("q", question, context)], Asking(400, 100, 64), progress=False)
+    (found,) = predict(stories, [View("q", question, context)], PromptLimits(400, 100, 64), progress=False)
     reference = LlamaForCausalLM.from_pretrained(shared / "checkpoints" / "stories260K").eval()
     prompt = [stories.tokenizer.bos_id, *stories.tokenizer.encode(qa_prompt(question, context, "decoder"))]
     with torch.no_grad():

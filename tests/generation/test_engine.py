@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from babl.data.collate import make_prompts
-from babl.data.contexts import see
+from babl.data.contexts import build_views
 from babl.data.squad import load_squad
 from babl.errors import UserError
 from babl.generation import Engine, GenerationConfig
@@ -84,7 +84,7 @@ def test_lookup_changes_no_answer_of_a_trained_model_and_saves_steps(stories, sh
 def answers_to_real_questions(engine, arm, shared):
     """Returns the answers without and with prompt lookup."""
     examples = load_squad(shared / "data/squad/dev-v1.1-xquad-en.json")
-    texts = [p.text for p in make_prompts(see(examples, arm)[0], engine.tokenizer, 440, 20, engine.style)[0]]
+    texts = [p.text for p in make_prompts(build_views(examples, arm)[0], engine.tokenizer, 440, 20, engine.style)[0]]
     assert len(texts) >= len(examples) == 1190
     configs = [GenerationConfig(max_new_tokens=12, prompt_lookup_num_tokens=n) for n in (0, 6)]
     return [engine.answer(texts, config) for config in configs]

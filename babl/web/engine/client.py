@@ -51,7 +51,7 @@ SOCKET_PATH_BYTES = 103  # that every system takes; Linux takes 107
 MOST_HELD = 64  # requests kept while there is no engine process
 BROKE_DOWN = "the engine broke down while it was answering, and is started again"
 
-Losses = asyncio.Queue["asyncio.Future[Exception | None]"]  # when each line that was made is lost
+Truncation = asyncio.Queue["asyncio.Future[Exception | None]"]  # when each line that was made is lost
 R = TypeVar("R")
 
 
@@ -327,7 +327,7 @@ class EngineClient:
     async def _supervise(self) -> None:
         """Keeps an engine process running, for ever; cancelled, it has ended."""
         loop = asyncio.get_running_loop()
-        losses: Losses = asyncio.Queue()
+        losses: Truncation = asyncio.Queue()
 
         def answer() -> Line:
             loss: asyncio.Future[Exception | None] = loop.create_future()
@@ -369,7 +369,7 @@ class EngineClient:
             server.close()
             shutil.rmtree(folder, ignore_errors=True)
 
-    async def _live(self, socket: str, losses: "Losses") -> bool:
+    async def _live(self, socket: str, losses: "Truncation") -> bool:
         """Returns whether the process became ready; one has been started, and has ended."""
         # In a session of its own, so that Ctrl-C reaches this process alone, which then ends the other.
         command = [sys.executable, "-m", "babl.web.engine.process", "--socket", socket, *self._arguments]

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from babl.data.contexts import View
-from babl.evaluation.predictions import Asking, predict
+from babl.evaluation.predictions import PromptLimits, predict
 from babl.generation.conversation import MOST_PROMPT, Reader, prompt_style
 from babl.generation.session import Session
 from babl.models.weights import describe
@@ -134,7 +134,7 @@ def test_query_and_evaluate_ask_with_the_chats_ids(case, engines, monkeypatch, c
     monkeypatch.setattr(
         engine, "answer", lambda ids, config: asked.extend(ids) or type(engine).answer(engine, ids, config)
     )
-    asking = Asking(200, 50, 2, chat=templated, before=system_message(system))
+    asking = PromptLimits(200, 50, 2, chat=templated, before=system_message(system))
     assert prompt_style(engine, templated, system_message(system)) == ("chat" if templated else "decoder")
     predict(engine, [View("q", "who reads", context)], asking, progress=False)
     assert asked == [theirs(case, ["who reads"], system, context or "")]

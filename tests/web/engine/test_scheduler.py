@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from babl.data.contexts import View
 from babl.errors import UserError
-from babl.evaluation.predictions import Asking, predict
+from babl.evaluation.predictions import PromptLimits, predict
 from babl.generation import GenerationConfig
 from babl.generation.memory import SPARE
 from babl.web.engine import models
@@ -56,7 +56,7 @@ def test_questions_are_answered_as_in_evaluation(hand, engines, loop, ask, model
     contexts = [None, "the old town", LONG * 3, LONG]
     views = [View(f"q{i}", "who reads", context) for i, context in enumerate(contexts)]
     window = 512 if model != "llama" else 256 - 12
-    asking = Asking(window, min(128, window // 4), 12)
+    asking = PromptLimits(window, min(128, window // 4), 12)
     expected = [predict(engines[model], [view], asking, progress=False)[0] for view in views]
     made = hand(model)
     ids = made.submit(*(ask(model, "who reads", context, max_new_tokens=12) for context in contexts))

@@ -1,4 +1,4 @@
-"""What every response carries, and who gets one."""
+"""Security headers on every response, and the login that most views need."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -27,8 +27,8 @@ HEADERS = {
 
 
 @async_only_middleware
-def headers(get_response: Next) -> Next:
-    """Every response says that nothing but this server's own files may run or load, and is kept by no cache."""
+def security_headers(get_response: Next) -> Next:
+    """Adds headers so that nothing but this server's own files may run or load, and no cache keeps a response."""
 
     async def middleware(request: HttpRequest) -> HttpResponseBase:
         request.get_host()  # refuses a name that is not ours, as of a site that points its own name here
@@ -41,8 +41,8 @@ def headers(get_response: Next) -> Next:
     return middleware
 
 
-class gate:
-    """Only those who are logged in come in, except where a view is marked `login_not_required`."""
+class LoginRequiredMiddleware:
+    """Answers 401 unless the user is logged in or the view is marked `login_not_required`."""
 
     async_capable, sync_capable = True, False
 
@@ -51,23 +51,23 @@ class gate:
         markcoroutinefunction(self)
 
     async def __call__(self, request: HttpRequest) -> HttpResponseBase:
-        """Returns what the view returns."""
+        """Passes the request on; `process_view` decides."""
         return await self.get_response(request)
 
     async def process_view(
         self, request: HttpRequest, view: Callable[..., Any], args: Any, kwargs: Any
     ) -> HttpResponse | None:
-        """Returns None to let somebody in, or what they get instead."""
+        """Returns None to call the view, or the response in its place."""
         if not getattr(view, "login_required", True):
             return None
         request.user = await request.auser()
         if request.user.is_authenticated:
             return None
-        return unknown(request)
+        return login_response(request)
 
 
-def goal(request: HttpRequest) -> str:
-    """Returns where somebody is led who has logged in: to the page they asked for, which is never the login page."""
+def next_url(request: HttpRequest) -> str:
+    """Returns the URL to go to after the login: the page that was asked for, which is never the login page."""
     if request.path == settings.LOGIN_URL:
         wanted = request.GET.get("next", "/")
     else:
@@ -76,9 +76,9 @@ def goal(request: HttpRequest) -> str:
     return wanted if ours and urlsplit(wanted).path != settings.LOGIN_URL else "/"
 
 
-def unknown(request: HttpRequest, message: str = "", status: int = 401) -> HttpResponse:
-    """Returns the page, or the JSON, that asks somebody to log in."""
+def login_response(request: HttpRequest, message: str = "", status: int = 401) -> HttpResponse:
+    """Returns the login page, or for API requests an error as JSON."""
     if request.path.startswith(("/api/", "/metrics")):
         return JsonResponse({"error": {"code": "login", "message": message or "log in first"}}, status=status)
-    context = {"by_link": settings.BABL_AUTH == "local", "message": message, "next": goal(request)}
+    context = {"by_link": settings.BABL_AUTH == "local", "message": message, "next": next_url(request)}
     return render(request, "chat/login.html", context, status=status)

@@ -107,11 +107,11 @@ INSTALLED_APPS = [
     "babl.web.chat",
 ]
 MIDDLEWARE = [
-    "babl.web.middleware.headers",
+    "babl.web.middleware.security_headers",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
-    "babl.web.middleware.gate",
+    "babl.web.middleware.LoginRequiredMiddleware",
 ]
 ROOT_URLCONF = "babl.web.urls"
 TEMPLATES = [
@@ -162,7 +162,7 @@ SESSION_COOKIE_SAMESITE = "Lax"
 SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = os.environ.get("BABL_HTTPS") == "1"
 CSRF_COOKIE_NAME = f"babl_csrf_{_OWN}"
 CSRF_COOKIE_HTTPONLY = True  # pages carry the token themselves, for the header X-CSRFToken
-CSRF_FAILURE_VIEW = "babl.web.chat.views.csrf_failed"
+CSRF_FAILURE_VIEW = "babl.web.chat.views.accounts.csrf_failed"
 CSRF_TRUSTED_ORIGINS = [each for each in os.environ.get("CSRF_TRUSTED_ORIGINS", "").split(",") if each]
 AUTH_PASSWORD_VALIDATORS = [{"NAME": "django.contrib.auth.password_validation.MinimumLengthValidator"}]
 

@@ -17,13 +17,15 @@ import json, sys, pathlib
 from babl.web.serve import Place, prepare
 prepare(Place(data=pathlib.Path(sys.argv[1])))
 import msgspec
-from babl.web.chat import exchange, openai, services, views
+from babl.web.chat import exchange, openai, services
+from babl.web.chat.views import accounts, conversations, messages, models, passages, sets
 kinds = {
-    "POST /api/conversations": views.NewConversation, "PATCH /api/conversations/ID": services.ConversationChange,
-    "POST /api/conversations/ID/messages": services.Ask, "POST /api/messages/ID/again": services.Again,
-    "PUT /api/messages/ID/feedback": services.Judgement, "POST /api/count": views.Draft,
-    "POST /api/passages": views.NewPassage, "POST /api/models/load": views.OneModel,
-    "POST /api/sets/ID/runs": views.NewRun, "POST /api/keys": views.NewKey,
+    "POST /api/conversations": conversations.NewConversation,
+    "PATCH /api/conversations/ID": services.ConversationUpdate,
+    "POST /api/conversations/ID/messages": services.NewQuestion, "POST /api/messages/ID/again": services.AskAgain,
+    "PUT /api/messages/ID/feedback": services.NewFeedback, "POST /api/count": messages.Draft,
+    "POST /api/passages": passages.NewPassage, "POST /api/models/load": models.ModelName,
+    "POST /api/sets/ID/runs": sets.NewRun, "POST /api/keys": accounts.NewKey,
     "POST /api/import": exchange.File, "POST /v1/chat/completions": openai.Chat,
     "POST /v1/completions": openai.Completion, "POST /v1/qa": openai.QA,
 }

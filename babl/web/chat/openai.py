@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from babl.errors import UserError
-from babl.web.chat.endpoint import Refusal
+from babl.web.chat.endpoint import ApiError
 from babl.web.engine.protocol import ChatRequest, CompletionRequest, Done, Message, Reading, Settings, TokenScore
 
 # Parameters of OpenAI's that change what is answered and that a request here does not have: only the values, the first
@@ -27,15 +27,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 IGNORED = frozenset(
     ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
 )
-MOST_LIKELIEST = 20  # tokens told beside each
-MOST_CHOICES = 32  # answers of one request
+MAX_LIKELIEST = 20  # tokens told beside each
+MAX_CHOICES = 32  # answers of one request
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
 
 
-def unsupported(name: str, message: str) -> Refusal:
+def unsupported_parameter(name: str, message: str) -> ApiError:
     """Returns what refuses a parameter by its name."""
-    return Refusal(400, "unsupported_parameter", message, param=name)
+    return ApiError(400, "unsupported_parameter", message, param=name)
 
 
 class Part(msgspec.Struct):
@@ -103,7 +103,7 @@ class Chat(Sampling, kw_only=True):
     n: int | None = None
     context: str | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MOST_LIKELIEST)] | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LIKELIEST)] | None = None
 
     def requests(self, user: str) -> list[ChatRequest]:
         """Returns what the engine is asked."""
@@ -115,7 +115,7 @@ class Chat(Sampling, kw_only=True):
     def likeliest(self) -> int | None:
         """Returns how many of the likeliest tokens are told beside each token; None where no token is."""
         if self.top_logprobs and not self.logprobs:
-            raise unsupported("top_logprobs", "top_logprobs is for logprobs: true")
+            raise unsupported_parameter("top_logprobs", "top_logprobs is for logprobs: true")
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -125,7 +125,7 @@ class Completion(Sampling, kw_only=True):
     prompt: str | list[str | int | list[int]]
     n: int | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, msgspec.Meta(ge=0, le=MOST_LIKELIEST)] | Literal[False] | None = None
+    logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LIKELIEST)] | Literal[False] | None = None
 
     def prompts(self) -> list[str | list[int]]:
         """Returns each of them."""
@@ -223,7 +223,7 @@ def usage(ends: Sequence[tuple[Done, Reading]], number: int, asked: Sampling) ->
 def _role(message: ChatMessage) -> str:
     if message.role not in ROLES or message.tool_calls:
         role = message.role if message.role not in ROLES else "assistant with tool_calls"
-        raise unsupported("messages", f"a message's role is {role!r}, expected one of {', '.join(ROLES)}")
+        raise unsupported_parameter("messages", f"a message's role is {role!r}, expected one of {', '.join(ROLES)}")
     return ROLES[message.role]
 
 

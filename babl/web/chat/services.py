@@ -46,7 +46,7 @@ class Conflict(UserError):
     """What was asked for does not go with what has happened meanwhile."""
 
 
-class ConversationChange(msgspec.Struct, forbid_unknown_fields=True):
+class ConversationUpdate(msgspec.Struct, forbid_unknown_fields=True):
     """What may be changed of a conversation; what is absent stays."""
 
     title: str | msgspec.UnsetType = msgspec.UNSET
@@ -59,7 +59,7 @@ class ConversationChange(msgspec.Struct, forbid_unknown_fields=True):
     deleted: bool | msgspec.UnsetType = msgspec.UNSET
 
 
-class Ask(msgspec.Struct, forbid_unknown_fields=True):
+class NewQuestion(msgspec.Struct, forbid_unknown_fields=True):
     """A question, and who is to answer it how: each model with each of `contexts`, side by side."""
 
     client_id: UUID
@@ -73,7 +73,7 @@ class Ask(msgspec.Struct, forbid_unknown_fields=True):
     settings: Settings | None = None
 
 
-class Again(msgspec.Struct, forbid_unknown_fields=True):
+class AskAgain(msgspec.Struct, forbid_unknown_fields=True):
     """Another answer to the question that has this answer; what is None is as it was."""
 
     client_id: UUID
@@ -82,7 +82,7 @@ class Again(msgspec.Struct, forbid_unknown_fields=True):
     settings: Settings | None = None
 
 
-class Judgement(msgspec.Struct, forbid_unknown_fields=True):
+class NewFeedback(msgspec.Struct, forbid_unknown_fields=True):
     """What the user thinks of an answer; the right span counts code points of the passage."""
 
     good: bool
@@ -125,7 +125,7 @@ def _touch(conversation: Conversation, *fields: str) -> None:
 
 
 @transaction.atomic
-def create_conversation(user: Any, id: UUID | None = None, change: ConversationChange | None = None) -> Conversation:
+def create_conversation(user: Any, id: UUID | None = None, update: ConversationUpdate | None = None) -> Conversation:
     """Returns the new conversation, or the user's one of that id where it is there already.
 
     Raises:
@@ -136,11 +136,11 @@ def create_conversation(user: Any, id: UUID | None = None, change: ConversationC
             raise Conflict("that id is taken")
         return there
     conversation = Conversation.objects.create(id=id or uuid7(), owner=user)
-    return change_conversation(user, conversation.id, change) if change else conversation
+    return update_conversation(user, conversation.id, update) if update else conversation
 
 
 @transaction.atomic
-def change_conversation(user: Any, id: UUID, change: ConversationChange) -> Conversation:
+def update_conversation(user: Any, id: UUID, update: ConversationUpdate) -> Conversation:
     """Returns the conversation as it is now.
 
     Raises:
@@ -148,7 +148,7 @@ def change_conversation(user: Any, id: UUID, change: ConversationChange) -> Conv
         UserError: A text is too long.
     """
     conversation = selectors.conversation(user, id)
-    given = {name: value for name in change.__struct_fields__ if (value := getattr(change, name)) is not msgspec.UNSET}
+    given = {name: value for name in update.__struct_fields__ if (value := getattr(update, name)) is not msgspec.UNSET}
     for name, most in (("title", 200), ("system_prompt", settings.PROMPT_CHARACTERS), ("model", 200)):
         if name in given:
             setattr(conversation, name, _text(name, given[name], most))
@@ -240,7 +240,7 @@ def delete_passage(user: Any, id: UUID) -> None:
 
 
 @transaction.atomic
-def ask(user: Any, id: UUID, body: Ask) -> Asked:
+def ask(user: Any, id: UUID, body: NewQuestion) -> Asked:
     """Returns the question and its waiting answers, all of them stored; asked twice, it is stored once.
 
     Raises:
@@ -308,7 +308,7 @@ def _placed(answer: Message, how: Generation) -> Message:
 
 
 @transaction.atomic
-def ask_again(user: Any, id: UUID, body: Again) -> Asked:
+def ask_again(user: Any, id: UUID, body: AskAgain) -> Asked:
     """Returns the question of this answer with a further one waiting beside it; asked twice, it is stored once.
 
     Where the answer stands side by side with others, all of them are asked again, each its model.
@@ -385,7 +385,7 @@ def interrupt_all() -> int:
 
 
 @transaction.atomic
-def judge(user: Any, id: UUID, body: Judgement) -> Feedback:
+def give_feedback(user: Any, id: UUID, body: NewFeedback) -> Feedback:
     """Returns what the user now thinks of the answer.
 
     Raises:
@@ -413,7 +413,7 @@ def judge(user: Any, id: UUID, body: Judgement) -> Feedback:
 
 
 @transaction.atomic
-def forget_judgement(user: Any, id: UUID) -> None:
+def delete_feedback(user: Any, id: UUID) -> None:
     """The answer has no feedback."""
     Feedback.objects.filter(message=selectors.message(user, id)).delete()
 

@@ -1,13 +1,12 @@
-"""/v1, as OpenAI's clients expect it, and /v1/qa, which they do not know. Keys alone let in here, cookies never do.
+"""The API under /v1: OpenAI's chat and completions, and /v1/qa, which is ours. It takes API keys, never cookies.
 
-What is asked here is stored nowhere. Sampling is greedy unless the request says otherwise.
+Nothing is stored of what is asked here. Decoding is greedy unless the request says otherwise.
 """
 
 import asyncio
 import contextlib
 import functools
 import json
-import logging
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -18,26 +17,26 @@ import msgspec
 from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.contrib.auth.decorators import login_not_required
-from django.db import DatabaseError, connection, connections
-from django.http import HttpRequest, HttpResponse, HttpResponseBase, JsonResponse, StreamingHttpResponse
+from django.db import connections
+from django.http import HttpRequest, HttpResponseBase, JsonResponse
+from django.urls import path, re_path
 from django.views.decorators.csrf import csrf_exempt
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from babl.errors import UserError
 from babl.web.chat import access
-from babl.web.chat.endpoint import Handler, Refusal, S, decode, refused
+from babl.web.chat.endpoint import ApiError, Handler, S, decode, engine_failure, event_stream
 from babl.web.chat.hub import hub
 from babl.web.chat.openai import (
     FINISH,
     IGNORED,
-    MOST_CHOICES,
+    MAX_CHOICES,
     NEUTRAL,
     QA,
     Chat,
     Completion,
     Sampling,
     choice,
-    unsupported,
+    unsupported_parameter,
     usage,
     variant,
 )
@@ -54,94 +53,93 @@ from babl.web.engine.protocol import (
     Reading,
 )
 
-KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-log = logging.getLogger("babl.web")
+ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 def endpoint(**handlers: Handler) -> Any:
-    """Returns the view of a URL under /v1: the key's owner is `request.user`, mistakes are OpenAI's JSON."""
+    """Returns the view of a URL under /v1: the key's owner is `request.user`, errors are OpenAI's JSON."""
 
     @csrf_exempt
     @login_not_required
     async def view(request: HttpRequest, **arguments: Any) -> HttpResponseBase:
         try:
-            request.user = await _owner(request)
+            request.user = await _authenticate(request)
             handler = handlers.get(request.method or "")
             if handler is None:
-                raise Refusal(405, "method", f"{request.method} is not possible here")
+                raise ApiError(405, "method", f"{request.method} is not possible here")
             found = await handler(request, **arguments)
         except (UserError, msgspec.ValidationError, msgspec.DecodeError) as error:
             named = re.search(r" - at `\$\.(\w+)", str(error))
-            return _error(Refusal(400, "invalid", str(error), param=named and named[1]))
-        except Refusal as error:
-            return _error(error)
+            return error_response(ApiError(400, "invalid", str(error), param=named and named[1]))
+        except ApiError as error:
+            return error_response(error)
         except EngineError as error:
-            return _error(refused(error.failed))
+            return error_response(engine_failure(error.failed))
         return found if isinstance(found, HttpResponseBase) else JsonResponse(found)
 
     return functools.update_wrapper(view, next(iter(handlers.values())), updated=())
 
 
-async def _owner(request: HttpRequest) -> Any:
-    """Returns whose key the request bears.
+async def _authenticate(request: HttpRequest) -> Any:
+    """Returns the owner of the request's API key.
 
     Raises:
-        Refusal: There is none in force, or it asks too often.
+        ApiError: The key is unknown or revoked, or there are too many requests.
     """
     user = await sync_to_async(access.key_owner)(request.headers.get("Authorization", ""))
     if user is None:
-        raise Refusal(401, "invalid_api_key", "the Authorization header has no key that is in force")
+        raise no_key()
     if request.method == "POST":
-        _not_too_fast(str(user.pk))
+        _check_rate(str(user.pk))
     await sync_to_async(connections.close_all)()  # an answer takes longer than a connection should be kept
     return user
 
 
-def _not_too_fast(user: str) -> None:
-    """Takes one of the answers that the user may ask for in a minute.
+def _check_rate(user: str) -> None:
+    """Counts an answer against the user's limit a minute.
 
     Raises:
-        Refusal: There is none left.
+        ApiError: The limit is reached.
     """
     if wait := access.questions.wait(user):
-        raise Refusal(429, "rate_limit_exceeded", "too many questions in a minute", wait)
+        raise ApiError(429, "rate_limit_exceeded", "too many questions in a minute", wait)
 
 
-def _error_json(refusal: Refusal) -> dict[str, Any]:
-    kind = KINDS.get(refusal.status, "invalid_request_error" if refusal.status < 500 else "server_error")
-    return {
-        "error": {"message": refusal.message, "type": kind, "param": refusal.more.get("param"), "code": refusal.code}
-    }
+def no_key() -> ApiError:
+    """Returns the error of a request whose API key is unknown, revoked or missing."""
+    return ApiError(401, "invalid_api_key", "the Authorization header has no key that is in force")
 
 
-def _error(refusal: Refusal) -> JsonResponse:
-    return JsonResponse(_error_json(refusal), status=refusal.status, headers=refusal.headers())
+def error_response(error: ApiError) -> JsonResponse:
+    """Returns the error as OpenAI's JSON."""
+    return JsonResponse(_error_json(error), status=error.status, headers=error.headers())
 
 
-def _body(request: HttpRequest, kind: type[S]) -> S:
-    """Returns what was sent, and logs nothing of it.
+def _error_json(error: ApiError) -> dict[str, Any]:
+    kind = ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return {"error": {"message": error.message, "type": kind, "param": error.more.get("param"), "code": error.code}}
+
+
+def _read_body(request: HttpRequest, kind: type[S]) -> S:
+    """Returns the JSON body, validated; nothing of it is logged.
 
     Raises:
-        Refusal: It is too long, or has a parameter that this server does not have.
-        msgspec.DecodeError: It is not what it should be.
+        ApiError: It is too long, or has a parameter that is not supported.
+        msgspec.DecodeError: It is not JSON, or not of this type.
     """
     if len(request.body) > settings.PASSAGE_CHARACTERS * 4 + 2**20:
-        raise Refusal(413, "too_long", f"the request has {len(request.body)} bytes")
+        raise ApiError(413, "too_long", f"the request has {len(request.body)} bytes")
     sent = decode(request.body, dict[str, Any])
     for name in sent.keys() - IGNORED - set(kind.__struct_fields__):
         allowed = NEUTRAL.get(name)
         if allowed is None:
-            raise unsupported(name, f"{name} is no parameter of this server")
+            raise unsupported_parameter(name, f"{name} is no parameter of this server")
         given = sent[name]
         # 1 and True are equal, but not the same parameter.
         same = any(value == given and isinstance(value, bool) == isinstance(given, bool) for value in allowed)
         if given is not None and not same:
-            raise unsupported(name, f"{name} is not supported, expected {json.dumps(allowed[0])}, or nothing")
+            raise unsupported_parameter(name, f"{name} is not supported, expected {json.dumps(allowed[0])}, or nothing")
     return msgspec.convert({name: sent[name] for name in sent if name in kind.__struct_fields__}, kind)
-
-
-async def _models() -> list[ModelState]:
-    return await hub.engine.models()
 
 
 def _model_json(model: ModelState) -> dict[str, Any]:
@@ -150,46 +148,46 @@ def _model_json(model: ModelState) -> dict[str, Any]:
 
 
 async def list_models(request: HttpRequest) -> dict[str, Any]:
-    """The models that can be asked."""
-    usable = [model for model in await _models() if model.state != "unusable"]
+    """Returns the models that can answer."""
+    usable = [model for model in await hub.engine.models() if model.state != "unusable"]
     return {"object": "list", "data": [_model_json(model) for model in usable]}
 
 
 async def get_model(request: HttpRequest, name: str) -> dict[str, Any]:
-    """One of them."""
-    return _model_json(await _known(name))
+    """Returns one model."""
+    return _model_json(await _find_model(name))
 
 
-async def _known(name: str) -> ModelState:
-    """Returns the model of that name.
+async def _find_model(name: str) -> ModelState:
+    """Returns the model of this name.
 
     Raises:
-        Refusal: There is none.
+        ApiError: There is no such model.
     """
-    found = next((model for model in await _models() if model.name == name), None)
+    found = next((model for model in await hub.engine.models() if model.name == name), None)
     if found is None:
-        raise Refusal(404, "model_not_found", f"the model {name!r} does not exist")
+        raise ApiError(404, "model_not_found", f"the model {name!r} does not exist")
     return found
 
 
 async def chat(request: HttpRequest) -> Any:
-    """The next turn of a conversation."""
-    asked = _body(request, Chat)
-    return await _answer(asked, asked.requests(str(request.user.pk)), "chat.completion")
+    """Answers a `Chat` request: the next turn of a conversation."""
+    asked = _read_body(request, Chat)
+    return await _respond(asked, asked.requests(str(request.user.pk)), "chat.completion")
 
 
 async def complete(request: HttpRequest) -> Any:
-    """The continuation of a text."""
-    asked = _body(request, Completion)
-    return await _answer(asked, asked.requests(str(request.user.pk)), "text_completion")
+    """Answers a `Completion` request: the continuation of a text."""
+    asked = _read_body(request, Completion)
+    return await _respond(asked, asked.requests(str(request.user.pk)), "text_completion")
 
 
 async def answer(request: HttpRequest) -> Any:
-    """The answer to a question, and where it stands in the context."""
-    asked = _body(request, QA)
+    """Answers a `QA` request: the answer to a question, and where it stands in the context."""
+    asked = _read_body(request, QA)
     if asked.stream:
         raise UserError("stream is true, but /v1/qa does not stream")
-    await _known(asked.model)
+    await _find_model(asked.model)
     engine_request = QARequest(
         f"qa-{uuid4().hex}", asked.model, asked.question, asked.context, asked.settings(), str(request.user.pk)
     )
@@ -213,10 +211,10 @@ async def answer(request: HttpRequest) -> Any:
 
 
 async def _end(events: AsyncGenerator[Event, None]) -> tuple[Done, Reading]:
-    """Returns how an answer ended, and what was read for it; it is cancelled where the client leaves.
+    """Waits for an answer, and returns its last event and what was read for it; cancels it if the client leaves.
 
     Raises:
-        Refusal: The engine gave none.
+        ApiError: The engine gave no answer.
     """
     read = Reading("", 0)
     async with contextlib.aclosing(events) as open_events:
@@ -225,21 +223,21 @@ async def _end(events: AsyncGenerator[Event, None]) -> tuple[Done, Reading]:
                 case Reading():
                     read = event
                 case Failed():
-                    raise refused(event)
+                    raise engine_failure(event)
                 case Done():
                     return event, read
-    raise Refusal(503, "engine", "the engine gave no answer")
+    raise ApiError(503, "engine", "the engine gave no answer")
 
 
-async def _answer(asked: Chat | Completion, requests: Sequence[ChatRequest | CompletionRequest], kind: str) -> Any:
-    """Returns the answers in OpenAI's words, n to each request, at once or as a stream."""
-    await _known(asked.model)
+async def _respond(asked: Chat | Completion, requests: Sequence[ChatRequest | CompletionRequest], kind: str) -> Any:
+    """Returns the answers, n to each request, as OpenAI's JSON or as a stream of it."""
+    await _find_model(asked.model)
     number = 1 if asked.n is None else asked.n
-    if not 1 <= len(requests) * number <= MOST_CHOICES:
-        many = f"n is {number}, to {len(requests)} prompts; expected 1 to {MOST_CHOICES} answers in all"
-        raise Refusal(400, "invalid", many, param="n" if requests else "prompt")
+    if not 1 <= len(requests) * number <= MAX_CHOICES:
+        many = f"n is {number}, to {len(requests)} prompts; expected 1 to {MAX_CHOICES} answers in all"
+        raise ApiError(400, "invalid", many, param="n" if requests else "prompt")
     for _ in range(len(requests) * number - 1):  # the first was counted with the request
-        _not_too_fast(requests[0].user)
+        _check_rate(requests[0].user)
     id = f"{'chatcmpl' if isinstance(asked, Chat) else 'cmpl'}-{uuid4().hex}"
     base = {"id": id, "object": kind, "created": int(time.time()), "model": asked.model}
     every = [variant(each, f"{id}-{k}-{i}", i) for k, each in enumerate(requests) for i in range(number)]
@@ -250,24 +248,22 @@ async def _answer(asked: Chat | Completion, requests: Sequence[ChatRequest | Com
         return base | {"choices": choices, "usage": usage(ends, number, asked)}
     if len(every) > 1:
         name = "n" if number > 1 else "prompt"
-        raise unsupported(name, f"{name} asks for {len(every)} answers, of which a stream has one")
+        raise unsupported_parameter(name, f"{name} asks for {len(every)} answers, of which a stream has one")
     if asked.likeliest() is not None:
         name = "echo" if isinstance(asked, Completion) and asked.echo else "logprobs"
-        raise unsupported(name, f"{name} is not supported in a stream; ask without stream")
+        raise unsupported_parameter(name, f"{name} is not supported in a stream; ask without stream")
     events = hub.engine.submit(every[0])
     first = await anext(events)
     if isinstance(first, Failed):
-        raise refused(first)
-    frames = _stream(first, events, base, asked)
-    headers = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
-    return StreamingHttpResponse(frames, content_type="text/event-stream; charset=utf-8", headers=headers)
+        raise engine_failure(first)
+    return event_stream(_stream(first, events, base, asked))
 
 
 async def _ends(requests: Sequence[ChatRequest | CompletionRequest]) -> list[tuple[Done, Reading]]:
-    """Returns how each answer ended, and what was read for it; where one fails, the others are cancelled.
+    """Waits for several answers as `_end` does; if one fails, cancels the others.
 
     Raises:
-        Refusal: The engine gave no answer to one.
+        ApiError: The engine gave no answer to one.
     """
     tasks = [asyncio.ensure_future(_end(hub.engine.submit(each))) for each in requests]
     try:
@@ -281,7 +277,7 @@ async def _ends(requests: Sequence[ChatRequest | CompletionRequest]) -> list[tup
 async def _stream(
     first: Event, events: AsyncGenerator[Event, None], base: dict[str, Any], asked: Sampling
 ) -> AsyncIterator[bytes]:
-    """Yields chunks; where the client leaves, the request is cancelled."""
+    """Yields the chunks of a streamed answer; cancels it if the client leaves."""
     is_chat = base["object"] == "chat.completion"
     base = base | {"object": "chat.completion.chunk"} if is_chat else base
     with_usage = asked.stream_options is not None and asked.stream_options.include_usage
@@ -291,10 +287,10 @@ async def _stream(
         choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": None}
         delta = ({"role": role} if role else {}) | ({} if text is None else {"content": text})
         choice |= {"delta": delta} if is_chat else {"text": text or ""}
-        return _data(base | {"choices": [choice]} | more)
+        return _sse_data(base | {"choices": [choice]} | more)
 
     read = Reading("", 0)
-    async with contextlib.aclosing(_from(first, events)) as all_events:
+    async with contextlib.aclosing(_chain(first, events)) as all_events:
         if is_chat:
             yield chunk("", role="assistant")
         async for event in all_events:
@@ -304,64 +300,39 @@ async def _stream(
                 case Delta():
                     yield chunk(event.text)
                 case Failed():
-                    yield _data(_error_json(refused(event)))
+                    yield _sse_data(_error_json(engine_failure(event)))
                     return
                 case Done():
                     yield chunk(None, FINISH[event.finish])
                     if with_usage:
-                        yield _data(base | {"choices": [], "usage": usage([(event, read)], 1, asked)})
+                        yield _sse_data(base | {"choices": [], "usage": usage([(event, read)], 1, asked)})
     yield b"data: [DONE]\n\n"
 
 
-async def _from(first: Event, rest: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+async def _chain(first: Event, rest: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
     async with contextlib.aclosing(rest) as events:
         yield first
         async for event in events:
             yield event
 
 
-def _data(data: dict[str, Any]) -> bytes:
+def _sse_data(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
 
 
 @csrf_exempt
 @login_not_required
-async def nowhere(request: HttpRequest) -> JsonResponse:
-    """What every other address under /v1 says."""
-    return _error(Refusal(404, "unknown_url", f"{request.method} {request.path}: there is no such address here"))
+async def unknown_url(request: HttpRequest) -> JsonResponse:
+    """Answers every other address under /v1 with 404."""
+    message = f"{request.method} {request.path}: there is no such address here"
+    return error_response(ApiError(404, "unknown_url", message))
 
 
-# For those who run the server
-
-
-@login_not_required
-async def ready(request: HttpRequest) -> JsonResponse:
-    """200 where the database can be reached, everything is saved and the engine answers; else 503."""
-
-    def database() -> bool:
-        try:
-            with connection.cursor() as cursor:
-                cursor.execute("SELECT 1")
-            return True
-        except DatabaseError:
-            return False
-
-    facts = {"database": await sync_to_async(database)(), "saved": hub.saved, "open": hub.is_open, "engine": False}
-    try:
-        await hub.engine.stats()
-        facts["engine"] = True
-    except EngineError as error:
-        log.warning("the engine does not answer (%s)", error)
-    return JsonResponse(facts, status=200 if all(facts.values()) else 503)
-
-
-@login_not_required
-async def metrics(request: HttpRequest) -> HttpResponse:
-    """Figures for Prometheus, to those who bear a key or are logged in."""
-    user = await request.auser()
-    if (
-        not user.is_authenticated
-        and await sync_to_async(access.key_owner)(request.headers.get("Authorization", "")) is None
-    ):
-        return _error(Refusal(401, "invalid_api_key", "the Authorization header has no key that is in force"))
-    return HttpResponse(generate_latest(), content_type=CONTENT_TYPE_LATEST)
+urlpatterns = [
+    path("v1/models", endpoint(GET=list_models)),
+    path("v1/models/<path:name>", endpoint(GET=get_model)),
+    path("v1/chat/completions", endpoint(POST=chat)),
+    path("v1/completions", endpoint(POST=complete)),
+    path("v1/qa", endpoint(POST=answer)),
+    re_path(r"^v1(?:/.*)?$", unknown_url),
+]

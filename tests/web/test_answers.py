@@ -30,7 +30,10 @@ def test_an_answer_is_streamed_and_then_there(me):
     text, (event, data) = collected(frames)
     assert text == " ".join(itertools.islice(itertools.cycle(["the", "cat", "sat"]), 20))
     assert event == "done" and data["message"]["content"] == text and data["message"]["status"] == "done"
-    assert [event for _, event, _ in frames].count("delta") > 5, "as it is written, not at the end"
+    deltas = [data for _, event, data in frames if event == "delta"]
+    assert len(deltas) > 5, "as it is written, not at the end"
+    words = list(itertools.accumulate(len(delta["text"].split()) for delta in deltas))
+    assert [delta["tokens"] for delta in deltas] == words, "each word that is scripted is a token"
     answer = me.thread(id)["messages"][1]
     assert answer["content"] == text and answer["tokens"] == 20 and answer["tokens_per_second"] > 1
     assert answer["prompt_tokens"] == 3 and answer["finish"] == "eos" and answer["weights"] == "scripted"

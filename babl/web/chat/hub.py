@@ -41,6 +41,7 @@ class Running:
     Attributes:
         request: What the engine was asked.
         text: Written so far.
+        tokens: Of the text.
         state: What a status line tells: status, and position, prompt_tokens, windows, cut_tokens where known.
         saved: Whether the last attempt to store it went well.
         failure: Why the engine gave no answer.
@@ -49,6 +50,7 @@ class Running:
 
     request: Request
     text: str = ""
+    tokens: int = 0
     state: dict[str, Any] = field(default_factory=lambda: {"status": str(Status.QUEUED)})
     saved: bool = True
     failure: Failed | None = None
@@ -81,13 +83,14 @@ class Running:
                 read = {"prompt_tokens": prompt_tokens, "windows": windows, "cut_tokens": cut_tokens}
                 self.state = {"status": "reading", **read}
                 self.facts |= {"status": Status.RUNNING, **read}
-            case Delta(text=text):
+            case Delta(text=text, tokens=tokens):
                 if not self.text:
                     self.facts |= {"status": Status.RUNNING, "first_seconds": time.monotonic() - self.begun}
                     FIRST_TEXT.observe(self.facts["first_seconds"])
                     self.state = self.state | {"status": "answering"}
                     self.state.pop("position", None)
                 self.text += text
+                self.tokens = tokens
             case Done():
                 self.text = event.text
                 self.facts |= {

@@ -4,7 +4,7 @@ The id of every frame has, for each answer of the stream in its order, how many 
 browser sends the last id when it connects again, and goes on there.
 
 - `state {g, status, position?, prompt_tokens?, windows?, cut_tokens?, saved}`: what the status line tells
-- `delta {g, at, text}`: the answer goes on with `text`, which begins at code point `at`
+- `delta {g, at, text, tokens}`: the next piece of the answer, which begins at code point `at`, and the tokens so far
 - `done {g, message}`: the answer as it is stored, a `selectors.message_json`
 - `reconnect {}`: the server ends, or the stream grew old; come again
 
@@ -65,7 +65,7 @@ async def answers(user: Any, ids: Sequence[UUID], cursors: list[int]) -> AsyncIt
             if is_live:  # it has ended a moment ago, or nobody has begun it yet
                 yield frame("reconnect", {})
                 return
-            for each in _rest(i, stored["id"], stored["content"], cursors):
+            for each in _rest(i, stored["id"], stored["content"], stored["tokens"], cursors):
                 yield each
             yield frame("done", {"g": stored["id"], "message": stored}, _id(cursors))
         while watched:
@@ -75,7 +75,7 @@ async def answers(user: Any, ids: Sequence[UUID], cursors: list[int]) -> AsyncIt
                 if told.get(i) != state and not running.over.is_set():
                     told[i] = state
                     yield frame("state", state, _id(cursors))
-                for each in _rest(i, running.id, running.text, cursors):
+                for each in _rest(i, running.id, running.text, running.tokens, cursors):
                     spoken = time.monotonic()
                     yield each
                 if running.over.is_set():
@@ -103,13 +103,13 @@ async def answers(user: Any, ids: Sequence[UUID], cursors: list[int]) -> AsyncIt
             running.watchers.discard(woken)
 
 
-def _rest(i: int, id: str, text: str, cursors: list[int]) -> list[bytes]:
+def _rest(i: int, id: str, text: str, tokens: int | None, cursors: list[int]) -> list[bytes]:
     """Returns the frame with what is not yet seen of answer i, if there is anything; its cursor is moved."""
     at = cursors[i]
     if at >= len(text):
         return []
     cursors[i] = len(text)
-    return [frame("delta", {"g": id, "at": at, "text": text[at:]}, _id(cursors))]
+    return [frame("delta", {"g": id, "at": at, "text": text[at:], "tokens": tokens}, _id(cursors))]
 
 
 def _id(cursors: Sequence[int]) -> str:

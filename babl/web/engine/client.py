@@ -79,7 +79,7 @@ class _Stream:
 
     def put(self, event: Event) -> None:
         if isinstance(event, Delta) and self.events and isinstance(self.events[-1], Delta):
-            event = Delta(event.id, self.events.pop().text + event.text)  # type: ignore[union-attr]
+            event = Delta(event.id, self.events.pop().text + event.text, event.tokens)  # type: ignore[union-attr]
         self.events.append(event)
         self.news.set()
 

@@ -167,10 +167,17 @@ class Reading(msgspec.Struct, frozen=True, tag="reading"):
 
 
 class Delta(msgspec.Struct, frozen=True, tag="delta"):
-    """The answer goes on with `text`; all of them together are the text of `Done`."""
+    """The next piece of an answer.
+
+    Attributes:
+        id: Of the request.
+        text: The piece; all of them together are the text of `Done`.
+        tokens: Written so far.
+    """
 
     id: str
     text: str
+    tokens: int
 
 
 class TokenScore(msgspec.Struct, frozen=True, array_like=True):

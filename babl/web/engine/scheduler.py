@@ -418,12 +418,12 @@ class Scheduler:
             assert task.prepared is not None
             question = bool(task.prepared.windows)
             whole = all(row.finish for row in task.rows)
-            piece = "" if question else task.rows[0].piece()
+            piece, tokens = ("", 0) if question else (task.rows[0].piece(), len(task.rows[0].ids))
             done = _done(task, desk.loaded) if whole else None
             if done is not None and question:
-                piece = done.text
+                piece, tokens = done.text, done.tokens
             if piece:
-                self.emit(Delta(task.id, piece))
+                self.emit(Delta(task.id, piece, tokens))
             if done is not None:
                 desk.tasks.remove(task)
                 self._seconds += (done.seconds - self._seconds) / 8

@@ -172,7 +172,7 @@ class Scripted:
             await self._drained()
             self.steps += 1
             written.append(words[i % len(words)] if i == 0 else f" {words[i % len(words)]}")
-            self.emit(Delta(request.id, written[-1]))
+            self.emit(Delta(request.id, written[-1], len(written)))
         if "fail" in script:
             self._fail(request.id, script["fail"])
             return

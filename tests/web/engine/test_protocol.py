@@ -23,7 +23,7 @@ from babl.web.engine.protocol import (
 )
 
 REQUEST = ChatRequest("1", "m", [Message("user", "née? 🦊")], Settings(stop=["x"]), None, "u")
-EVENTS = [Delta("1", "é"), Done("1", "é", "eos", 2, -0.5, 0.6, (3, 4), 0.1, "w", "t"), Failed("2", "busy", "m", 1.5)]
+EVENTS = [Delta("1", "é", 1), Done("1", "é", "eos", 2, -0.5, 0.6, (3, 4), 0.1, "w", "t"), Failed("2", "busy", "m", 1.5)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 10_000])
@@ -93,7 +93,7 @@ def test_settings_out_of_bounds_are_named(settings, message):
 
 
 def test_what_cannot_be_encoded_is_no_frame():
-    for wrong in (Delta("1", "\ud800"), Counted(2**64, 0, 0, 0)):
+    for wrong in (Delta("1", "\ud800", 1), Counted(2**64, 0, 0, 0)):
         with pytest.raises(ValueError, match="the message cannot be encoded"):
             frame(wrong)
 

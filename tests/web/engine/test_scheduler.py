@@ -19,7 +19,7 @@ from babl.generation.memory import SPARE
 from babl.web.engine import models
 from babl.web.engine import scheduler as scheduler_module
 from babl.web.engine.prepare import prepare
-from babl.web.engine.protocol import Done, Failed, Queued, Reading
+from babl.web.engine.protocol import Delta, Done, Failed, Queued, Reading
 
 LONG = "the small fox reads a long book about old rivers and the town where nobody asks who answers what. " * 9
 FAMILIES = ("t5", "llama", "bloom")
@@ -48,6 +48,11 @@ def test_answers_are_the_engines(hand, engines, loop, complete, model):
         assert done.log_prob == pytest.approx(expected.log_prob, abs=1e-3)
         assert done.probability == pytest.approx(math.exp(done.log_prob))
         assert made.text(request.id) == done.text and done.seconds > 0
+        text = ""
+        for delta in [event for event in made.events[request.id] if isinstance(event, Delta)]:
+            before, text = text, text + delta.text
+            written = engines[model].tokenizer.decode(list(expected.ids[: delta.tokens]))
+            assert written.startswith(text) and not before.startswith(written), "told with its last token"
         assert len(done.weights) == len(done.tokenizer) == 12
 
 

@@ -18,6 +18,7 @@ def test_it_writes_so_many_words_so_slowly(scripted, answer, chat, ask):
     (events,) = answer(scripted, chat("scripted", "tokens=6 delay=0.05 loading=0.1 reading=0.1 yes no"))
     assert 0.5 <= time.monotonic() - begun < 2
     assert [type(event) for event in events[:3]] == [Queued, Loading, Reading]
+    assert [event.tokens for event in events if isinstance(event, Delta)] == [1, 2, 3, 4, 5, 6]
     assert events[-1].text == "yes no yes no yes no" and events[-1].finish == "eos"
     (events,) = answer(scripted, ask("scripted", "delay=0 who?", "🦊 the fox reads", max_new_tokens=2))
     assert (events[-1].text, events[-1].span, events[-1].finish) == ("🦊 the", (0, 5), "length")

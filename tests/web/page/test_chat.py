@@ -23,7 +23,6 @@ def test_stop_ends_the_answer_and_keeps_what_there_is(tab):
     tab.send("tokens=900 delay=0.02 far away")
     tab.expect(tab.page.locator(".said.live")).to_contain_text("far away far")
     tab.says("Answering")
-    tab.expect(tab.page.locator(".facts")).to_contain_text("words/s")
     tab.page.click("#stop")
     tab.says("Stopped")
     kept = tab.answers
@@ -33,6 +32,22 @@ def test_stop_ends_the_answer_and_keeps_what_there_is(tab):
     tab.send("tokens=900 delay=0.02 again")
     tab.expect(tab.page.locator(".said.live")).to_contain_text("again again")
     tab.page.keyboard.press("Escape")
+    tab.says("Stopped")
+
+
+def test_the_pace_is_told_in_tokens_while_an_answer_is_written(tab):
+    tab.send("tokens=900 delay=0.1 far away")
+    line = tab.page.locator(".facts")
+    tab.expect(line).to_contain_text("tokens/s")
+    time.sleep(3)
+    shown = "[...document.querySelectorAll('.said.live, .facts')].map((each) => each.textContent)"
+    words, told = tab.page.evaluate(shown)
+    tokens, pace = re.fullmatch(r"(\d+) tokens · ([\d.]+) tokens/s", told).groups()
+    assert int(tokens) == len(words.split()), "each word that is scripted is a token"
+    assert 1 < float(pace) <= 11, "the script leaves 0.1 seconds before each"
+    tab.page.reload()
+    tab.expect(line).to_have_text(re.compile(r"\d{2} tokens · [\d.]+ tokens/s"))
+    tab.page.click("#stop")
     tab.says("Stopped")
 
 

@@ -51,7 +51,7 @@ function snapshot(state, { messages, more, live, ...conversation }) {
   const ahead = (message) => {
     const known = before.get(message.id);
     return known && isLive(message) && isLive(known) && known.content.length > message.content.length
-      ? { ...message, content: known.content }
+      ? { ...message, content: known.content, tokens: known.tokens }
       : message;
   };
   let page = messages.map((message) => ahead(message.columns?.length ? { ...message, columns: message.columns.map(ahead) } : message));
@@ -68,13 +68,13 @@ function told(state, { g, type, ...facts }) {
   return { ...state, live: { ...state.live, [g]: { ...state.live[g], ...facts } } };
 }
 
-function delta(state, { g, at, text }) {
+function delta(state, { g, at, text, tokens }) {
   const answer = find(state, g);
   if (!answer || !isLive(answer)) return state;
   const have = length(answer.content);
   if (at > have) return { ...state, gap: true };
   const rest = slice(text, have - at);
-  return rest ? change(state, g, (message) => ({ ...message, content: message.content + rest })) : state;
+  return rest ? change(state, g, (message) => ({ ...message, content: message.content + rest, tokens })) : state;
 }
 
 function done(state, message) {

@@ -5,7 +5,7 @@ import { length, slice } from "./text.js";
 
 const MOST = 128; // answers that the server tells in one stream
 const followed = new Map(); // port of a tab -> ids of the answers it shows
-const answers = new Map(); // id -> {text, state} as far as the stream has told
+const answers = new Map(); // id -> {text, tokens, state} as far as the stream has told
 let source = null;
 let streamed = new Set(); // ids that the stream is about
 let timer = null;
@@ -18,7 +18,7 @@ export function connect(port) {
     for (const id of ids) {
       const answer = answers.get(id);
       if (answer?.state) port.postMessage({ kind: "state", data: answer.state });
-      if (answer?.text) port.postMessage({ kind: "delta", data: { g: id, at: 0, text: answer.text } });
+      if (answer?.text) port.postMessage({ kind: "delta", data: { g: id, at: 0, text: answer.text, tokens: answer.tokens } });
     }
     clearTimeout(timer);
     timer = setTimeout(settle);
@@ -37,7 +37,7 @@ function settle() {
 
 function open(ids) {
   streamed = new Set(ids);
-  for (const id of ids) if (!answers.has(id)) answers.set(id, { text: "", state: null });
+  for (const id of ids) if (!answers.has(id)) answers.set(id, { text: "", tokens: 0, state: null });
   const after = ids.map((id) => length(answers.get(id).text)).join("-");
   const mine = (source = new EventSource(`/api/events?${ids.map((id) => `g=${id}`).join("&")}&after=${after}`));
   for (const kind of ["state", "delta", "done"]) mine.addEventListener(kind, (event) => take(kind, JSON.parse(event.data)));
@@ -52,7 +52,10 @@ function take(kind, data) {
   const answer = answers.get(data.g);
   if (!answer) return;
   if (kind === "state") answer.state = data;
-  if (kind === "delta") answer.text += slice(data.text, length(answer.text) - data.at);
+  if (kind === "delta") {
+    answer.text += slice(data.text, length(answer.text) - data.at);
+    answer.tokens = data.tokens;
+  }
   for (const [port, ids] of followed) {
     if (!ids.has(data.g)) continue;
     port.postMessage({ kind, data });

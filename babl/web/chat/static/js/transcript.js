@@ -90,12 +90,13 @@ export class Transcript {
     return true;
   }
 
-  /** The line under an answer being written tells how fast it goes. */
+  /** Shows under an answer being written how many tokens it has, and how fast they come. */
   #pace(line, part) {
-    line.begun ??= { time: performance.now(), words: part.content.split(/\s+/u).length };
+    if (!part.tokens) return;
+    line.begun ??= { time: performance.now(), tokens: part.tokens };
     const seconds = (performance.now() - line.begun.time) / 1000;
-    const words = part.content.split(/\s+/u).filter(Boolean).length;
-    line.textContent = plural(words, "word") + (seconds > 0.5 ? ` · ${figure((words - line.begun.words) / seconds)} words/s` : "");
+    const pace = seconds > 0.5 ? Number(((part.tokens - line.begun.tokens) / seconds).toPrecision(2)) : 0;
+    line.textContent = plural(part.tokens, "token") + (pace ? ` · ${figure(pace)} tokens/s` : "");
   }
 
   #element(message, state, isLast) {

@@ -57,8 +57,8 @@ def feedback(args: argparse.Namespace) -> None:
     from babl.web.serve import Place, prepare
 
     prepare(Place(data=args.data))
+    from babl.web.chat.corrections import corrections
     from babl.web.chat.selectors import judged
-    from babl.web.chat.squad_io import corrections
 
     found = corrections(judged(), args.test_share)
     test = args.out.with_name(f"{args.out.stem}-test{args.out.suffix}")

@@ -103,9 +103,9 @@ def serve(place: Place) -> int:
 
         from babl.web.asgi import Application
         from babl.web.chat.access import link
+        from babl.web.chat.accounts import local_user
         from babl.web.chat.database import claim, write
         from babl.web.chat.hub import hub
-        from babl.web.chat.services import local_user
         from babl.web.connections import Connection, allow_many
         from babl.web.engine.client import DEFAULT_FOLDERS, EngineClient
 
@@ -165,13 +165,13 @@ def add_user(name: str, password: str, data: Path | None = None) -> None:
     from django.contrib.auth.password_validation import validate_password
     from django.core.exceptions import ValidationError
 
-    from babl.web.chat.services import give_password
+    from babl.web.chat.accounts import set_password
 
     try:
         validate_password(password)
     except ValidationError as error:
         raise UserError(" ".join(error.messages)) from None
-    give_password(name, password)
+    set_password(name, password)
 
 
 def remove_user(name: str, data: Path | None = None) -> int:
@@ -181,7 +181,7 @@ def remove_user(name: str, data: Path | None = None) -> int:
         UserError: There is no such user.
     """
     prepare(Place(data=data))
-    from babl.web.chat.services import remove_user as remove
+    from babl.web.chat.accounts import remove_user as remove
 
     return remove(name)
 

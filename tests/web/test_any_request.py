@@ -17,16 +17,17 @@ import json, sys, pathlib
 from babl.web.serve import Place, prepare
 prepare(Place(data=pathlib.Path(sys.argv[1])))
 import msgspec
-from babl.web.chat import exchange, openai, services
-from babl.web.chat.views import accounts, conversations, messages, models, passages, sets
+from babl.web.chat import engine_requests, openai, services
+from babl.web.chat.exchange.format import File
+from babl.web.chat.views import accounts, conversations, models, passages, sets
 kinds = {
     "POST /api/conversations": conversations.NewConversation,
     "PATCH /api/conversations/ID": services.ConversationUpdate,
     "POST /api/conversations/ID/messages": services.NewQuestion, "POST /api/messages/ID/again": services.AskAgain,
-    "PUT /api/messages/ID/feedback": services.NewFeedback, "POST /api/count": messages.Draft,
+    "PUT /api/messages/ID/feedback": services.NewFeedback, "POST /api/count": engine_requests.Draft,
     "POST /api/passages": passages.NewPassage, "POST /api/models/load": models.ModelName,
     "POST /api/sets/ID/runs": sets.NewRun, "POST /api/keys": accounts.NewKey,
-    "POST /api/import": exchange.File, "POST /v1/chat/completions": openai.Chat,
+    "POST /api/import": File, "POST /v1/chat/completions": openai.Chat,
     "POST /v1/completions": openai.Completion, "POST /v1/qa": openai.QA,
 }
 schemas, shared = msgspec.json.schema_components(kinds.values(), ref_template="{name}")

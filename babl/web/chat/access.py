@@ -8,8 +8,8 @@ from typing import Any
 
 from django.conf import settings
 
+from babl.web.chat.accounts import key_hash
 from babl.web.chat.models import ApiKey
-from babl.web.chat.services import key_hash
 
 KEPT = 10_000  # buckets of a limiter
 

@@ -18,10 +18,11 @@ from uuid import UUID
 from asgiref.sync import sync_to_async
 from django.db import DatabaseError, connections
 
-from babl.web.chat import selectors, services
+from babl.web.chat import question_sets, selectors, services
 from babl.web.chat.database import write
 from babl.web.chat.metrics import ANSWERS, FIRST_TEXT, TOKENS, UNSAVED
-from babl.web.chat.models import Question, Run, RunAnswer, Status
+from babl.web.chat.models import GENERATION_COLUMNS, LIVE, Question, Run, RunAnswer, Status
+from babl.web.chat.serializers import score
 from babl.web.engine.client import EngineClient, EngineError
 from babl.web.engine.protocol import Delta, Done, Event, Failed, Loading, QARequest, Queued, Reading, Request, Settings
 
@@ -57,7 +58,7 @@ class Running:
     watchers: set[asyncio.Event] = field(default_factory=set)
     heard: asyncio.Event = field(default_factory=asyncio.Event)  # the engine has said something
     over: asyncio.Event = field(default_factory=asyncio.Event)  # it has ended and is stored
-    facts: dict[str, Any] = field(default_factory=dict)  # columns of Generation
+    facts: dict[str, Any] = field(default_factory=lambda: {"status": Status.QUEUED})  # columns of Generation
     changed: bool = False  # since it was last saved
     begun: float = field(default_factory=time.monotonic)
 
@@ -79,10 +80,9 @@ class Running:
                 self.state = {"status": "queued", "position": position}
             case Loading():
                 self.state = {"status": "loading"}
-            case Reading(prompt_tokens=prompt_tokens, windows=windows, cut_tokens=cut_tokens):
-                read = {"prompt_tokens": prompt_tokens, "windows": windows, "cut_tokens": cut_tokens}
-                self.state = {"status": "reading", **read}
-                self.facts |= {"status": Status.RUNNING, **read}
+            case Reading():
+                self.state = {"status": "reading", **_columns(event)}
+                self.facts |= {"status": Status.RUNNING, **_columns(event)}
             case Delta(text=text, tokens=tokens):
                 if not self.text:
                     self.facts |= {"status": Status.RUNNING, "first_seconds": time.monotonic() - self.begun}
@@ -93,13 +93,9 @@ class Running:
                 self.tokens = tokens
             case Done():
                 self.text = event.text
-                self.facts |= {
-                    "status": Status.STOPPED if event.finish == "cancelled" else Status.DONE,
-                    "span_start": event.span[0] if event.span else None,
-                    "span_end": event.span[1] if event.span else None,
-                }
-                names = ("finish", "tokens", "log_prob", "probability", "seconds", "weights", "tokenizer")
-                self.facts |= {name: getattr(event, name) for name in names}
+                start, end = event.span or (None, None)
+                self.facts |= _columns(event) | {"span_start": start, "span_end": end}
+                self.facts["status"] = Status.STOPPED if event.finish == "cancelled" else Status.DONE
                 TOKENS.inc(event.tokens)
             case Failed(code=code, message=message):
                 self.failure = event
@@ -110,6 +106,11 @@ class Running:
                     self.text = ""
         self.heard.set()
         self.tell()
+
+
+def _columns(event: Reading | Done) -> dict[str, Any]:
+    """Returns the columns of `Generation` that are fields of the event."""
+    return {name: getattr(event, name) for name in event.__struct_fields__ if name in GENERATION_COLUMNS}
 
 
 class Hub:
@@ -170,7 +171,7 @@ class Hub:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        rows = [(running.id, running.text, _columns(running)) for running in self._running.values()]
+        rows = [(running.id, running.text, dict(running.facts)) for running in self._running.values()]
         try:
             await write(services.save_progress, rows)
             await write(services.interrupt_all)
@@ -244,7 +245,7 @@ class Hub:
         """The answer is stored, however long that takes, and then over."""
         while True:
             try:
-                await write(services.finish, running.id, running.text, _columns(running))
+                await write(services.finish, running.id, running.text, dict(running.facts))
                 break
             except DatabaseError as error:
                 self._not_saved([running], error)
@@ -258,13 +259,13 @@ class Hub:
     async def _save_now_and_then(self) -> None:
         while True:
             await asyncio.sleep(SAVE_SECONDS)
-            changed = [r for r in self._running.values() if r.changed and r.facts.get("status") in (None, "running")]
+            changed = [r for r in self._running.values() if r.changed and r.facts["status"] in LIVE]
             if not changed:
                 continue
             for running in changed:
                 running.changed = False
             try:
-                await write(services.save_progress, [(r.id, r.text, _columns(r)) for r in changed])
+                await write(services.save_progress, [(r.id, r.text, dict(r.facts)) for r in changed])
             except DatabaseError as error:
                 self._not_saved(changed, error)
             else:
@@ -297,7 +298,7 @@ class Hub:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-        await write(services.stop_run, id)
+        await write(question_sets.stop_run, id)
 
     async def _answer_set(self, run: Run) -> None:
         try:
@@ -310,7 +311,7 @@ class Hub:
         """That the run broke off is stored, however long that takes where the disk is full."""
         while True:
             try:
-                await write(services.change_run, run.id, Status.INTERRUPTED)
+                await write(question_sets.update_run, run.id, Status.INTERRUPTED)
                 return
             except DatabaseError as error:
                 UNSAVED.inc()
@@ -320,7 +321,7 @@ class Hub:
     async def _answer_questions(self, run: Run) -> None:
         """Asks what has no answer yet, a few at once, and stores the answers as they come."""
         questions, user = await sync_to_async(_remaining, thread_sensitive=False)(run)
-        await write(services.change_run, run.id, Status.RUNNING)
+        await write(question_sets.update_run, run.id, Status.RUNNING)
         for at in range(0, len(questions), SET_AT_ONCE):
             part = questions[at : at + SET_AT_ONCE]
             async with asyncio.TaskGroup() as group:
@@ -335,10 +336,10 @@ class Hub:
             failed = next((end for end in ends if isinstance(end, Failed) and end.code != UNREADABLE), None)
             if failed is not None:
                 facts = {"weights": weights, "error_message": failed.message}
-                await write(services.change_run, run.id, Status.ERROR, answers, **facts)
+                await write(question_sets.update_run, run.id, Status.ERROR, answers, **facts)
                 return
-            await write(services.change_run, run.id, Status.RUNNING, answers, weights=weights)
-        await write(services.change_run, run.id, Status.DONE)
+            await write(question_sets.update_run, run.id, Status.RUNNING, answers, weights=weights)
+        await write(question_sets.update_run, run.id, Status.DONE)
 
     async def _answer_one(self, run: Run, question: Question, user: str) -> Done | Failed:
         context = question.passage.text if run.with_context else None
@@ -360,10 +361,6 @@ class Hub:
         return end
 
 
-def _columns(running: Running) -> dict[str, Any]:
-    return {"status": Status.QUEUED, **running.facts}
-
-
 def _remaining(run: Run) -> tuple[list[Question], str]:
     try:
         return selectors.unanswered(run), str(run.set.owner_id)
@@ -376,7 +373,7 @@ def _run_answer(run: Run, question: Question, end: Done | Failed) -> RunAnswer |
     if isinstance(end, Failed) and end.code != UNREADABLE:
         return None
     text, probability, skipped = (end.text, end.probability, "") if isinstance(end, Done) else ("", None, end.message)
-    scores = selectors.score(text, [answer["text"] for answer in question.answers])
+    scores = score(text, [answer["text"] for answer in question.answers])
     scores = {name: value / 100 for name, value in scores.items()}
     return RunAnswer(run=run, question=question, text=text, probability=probability, skipped=skipped, **scores)
 

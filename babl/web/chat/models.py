@@ -147,6 +147,9 @@ class Generation(models.Model):
         ]
 
 
+GENERATION_COLUMNS = [field.name for field in Generation._meta.fields if not field.primary_key]
+
+
 class Feedback(models.Model):
     """What the user thinks of an answer, and what would have been right."""
 

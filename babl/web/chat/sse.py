@@ -5,7 +5,7 @@ browser sends the last id when it connects again, and goes on there.
 
 - `state {g, status, position?, prompt_tokens?, windows?, cut_tokens?, saved}`: what the status line tells
 - `delta {g, at, text, tokens}`: the next piece of the answer, which begins at code point `at`, and the tokens so far
-- `done {g, message}`: the answer as it is stored, a `selectors.message_json`
+- `done {g, message}`: the answer as it is stored, a `serializers.message_json`
 - `reconnect {}`: the server ends, or the stream grew old; come again
 
 A stream ends after the last `done`; an EventSource is then to be closed, for it would come again.
@@ -27,6 +27,7 @@ from babl.web.chat import selectors
 from babl.web.chat.hub import Running, hub
 from babl.web.chat.metrics import STREAMS
 from babl.web.chat.models import LIVE
+from babl.web.chat.serializers import message_json
 
 COALESCE_SECONDS = 0.04
 PING_SECONDS = 15.0
@@ -119,7 +120,7 @@ def _id(cursors: Sequence[int]) -> str:
 def _read(user: Any, id: UUID) -> tuple[dict[str, Any], bool]:
     try:
         message = selectors.message(user, id)
-        return selectors.message_json(message), message.generation.status in LIVE
+        return message_json(message), message.generation.status in LIVE
     finally:
         connections.close_all()  # a stream lasts longer than a connection should be kept
 

@@ -10,7 +10,7 @@ from django.contrib.auth.decorators import login_not_required
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect, JsonResponse
 from django.urls import path
 
-from babl.web.chat import access, selectors, services
+from babl.web.chat import access, accounts, selectors
 from babl.web.chat.database import write
 from babl.web.chat.endpoint import ApiError, endpoint, read, read_body
 from babl.web.chat.models import ApiKey
@@ -26,7 +26,7 @@ async def login_page(request: HttpRequest) -> HttpResponse:
         if not access.link.use(request.GET.get("token", "")):
             return await read(login_response, request, "that link was used" if "token" in request.GET else "")
         print(f"The link was used. For another browser: {access.link}", flush=True)
-        await read(login, request, await write(services.local_user), "django.contrib.auth.backends.ModelBackend")
+        await read(login, request, await write(accounts.local_user), "django.contrib.auth.backends.ModelBackend")
         return HttpResponseRedirect(next_url(request))
     if request.method != "POST":
         return await read(login_response, request, "", 200)
@@ -66,13 +66,13 @@ async def list_keys(request: HttpRequest) -> dict[str, Any]:
 
 async def create_key(request: HttpRequest) -> tuple[int, dict[str, Any]]:
     """Creates a key; returns 201 with {id, name, prefix, created, key}, the only response that has the key itself."""
-    row, key = await write(services.create_api_key, request.user, read_body(request, NewKey).name)
+    row, key = await write(accounts.create_api_key, request.user, read_body(request, NewKey).name)
     return 201, _key_json(row) | {"key": key}
 
 
 async def revoke_key(request: HttpRequest, id: UUID) -> HttpResponse:
     """Revokes a key; returns 204."""
-    await write(services.revoke_api_key, request.user, id)
+    await write(accounts.revoke_api_key, request.user, id)
     return HttpResponse(status=204)
 
 

@@ -8,10 +8,11 @@ from django.http import HttpRequest, HttpResponse
 from django.urls import path
 
 from babl.errors import UserError
-from babl.web.chat import selectors, services
+from babl.web.chat import selectors, serializers, services
 from babl.web.chat.database import write
 from babl.web.chat.endpoint import endpoint, read, read_body
 from babl.web.chat.hub import hub
+from babl.web.chat.search import search
 from babl.web.chat.services import ConversationUpdate
 
 
@@ -28,14 +29,14 @@ async def list_conversations(request: HttpRequest) -> dict[str, Any]:
     ?q=WORDS -> {conversations: [conversation_json + {message, excerpt}], next: null}
     """
     if query := request.GET.get("q"):
-        return {"conversations": await read(selectors.search, request.user, query), "next": None}
+        return {"conversations": await read(search, request.user, query), "next": None}
     kind = request.GET.get("kind", "active")
     if kind not in ("active", "archived", "trash"):
         raise UserError(f"kind is {kind!r}, expected active, archived or trash")
     before = _parse_cursor(request.GET["before"]) if "before" in request.GET else None
     found = await read(selectors.conversations, request.user, kind, before)
-    more = f"{found[-1].updated.isoformat()}~{found[-1].id}" if len(found) == selectors.LIST else None
-    return {"conversations": [selectors.conversation_json(each) for each in found], "next": more}
+    more = f"{found[-1].updated.isoformat()}~{found[-1].id}" if len(found) == selectors.CONVERSATIONS_PER_PAGE else None
+    return {"conversations": [serializers.conversation_json(each) for each in found], "next": more}
 
 
 def _parse_cursor(text: str) -> tuple[datetime, UUID]:
@@ -51,14 +52,14 @@ async def create_conversation(request: HttpRequest) -> tuple[int, dict[str, Any]
     new = read_body(request, NewConversation)
     given = {name: getattr(new, name) for name in ConversationUpdate.__struct_fields__}
     update = ConversationUpdate(**given)
-    return 201, selectors.conversation_json(await write(services.create_conversation, request.user, new.id, update))
+    return 201, serializers.conversation_json(await write(services.create_conversation, request.user, new.id, update))
 
 
 async def get_conversation(request: HttpRequest, id: UUID) -> dict[str, Any]:
     """Returns conversation_json + {messages: [message_json], more, live: [ids of answers being written]}."""
 
     def find() -> dict[str, Any]:
-        found = selectors.conversation_json(selectors.conversation(request.user, id))
+        found = serializers.conversation_json(selectors.conversation(request.user, id))
         thread = selectors.thread(request.user, id)
         live = [m["id"] for m in thread["messages"] if m.get("status") in ("queued", "running")]
         live += [c["id"] for m in thread["messages"] for c in m["columns"] if c["status"] in ("queued", "running")]
@@ -70,7 +71,7 @@ async def get_conversation(request: HttpRequest, id: UUID) -> dict[str, Any]:
 async def update_conversation(request: HttpRequest, id: UUID) -> dict[str, Any]:
     """Changes what a `ConversationUpdate` names (also archives, trashes and restores); returns conversation_json."""
     update = read_body(request, ConversationUpdate)
-    return selectors.conversation_json(await write(services.update_conversation, request.user, id, update))
+    return serializers.conversation_json(await write(services.update_conversation, request.user, id, update))
 
 
 async def delete_conversation(request: HttpRequest, id: UUID) -> HttpResponse:

@@ -8,8 +8,11 @@ from django.urls import path
 
 from babl.data.squad import to_squad
 from babl.errors import UserError
-from babl.web.chat import exchange, selectors, squad_io
+from babl.web.chat import selectors
+from babl.web.chat.corrections import corrections
 from babl.web.chat.endpoint import endpoint, file_response, read, uploaded_file
+from babl.web.chat.exchange.exporting import export_json, export_markdown
+from babl.web.chat.exchange.importing import import_file
 from babl.web.chat.hub import hub
 
 
@@ -18,21 +21,21 @@ async def export_conversation(request: HttpRequest, id: UUID) -> HttpResponse:
     shown = await read(selectors.conversation, request.user, id)
     name = shown.title or "conversation"
     if request.GET.get("format") == "md":
-        return file_response(await read(exchange.markdown, shown), f"{name}.md", "text/markdown; charset=utf-8")
-    return file_response(await read(exchange.export, request.user, [shown]), f"{name}.json", "application/json")
+        return file_response(await read(export_markdown, shown), f"{name}.md", "text/markdown; charset=utf-8")
+    return file_response(await read(export_json, request.user, [shown]), f"{name}.json", "application/json")
 
 
 async def export_all(request: HttpRequest) -> HttpResponse:
     """Returns all of the user's conversations and passages as a JSON file."""
-    return file_response(await read(exchange.export, request.user), "babl.json", "application/json")
+    return file_response(await read(export_json, request.user), "babl.json", "application/json")
 
 
-async def import_file(request: HttpRequest) -> dict[str, int]:
+async def import_conversations(request: HttpRequest) -> dict[str, int]:
     """Imports such a file, the body or the `file` of a form, even if the client leaves meanwhile.
 
     Returns how many were new: {conversations, messages, passages}.
     """
-    return await hub.lasting(exchange.import_(request.user, uploaded_file(request)[1], hub.spawn))
+    return await hub.lasting(import_file(request.user, uploaded_file(request)[1], hub.spawn))
 
 
 async def export_feedback(request: HttpRequest) -> HttpResponse:
@@ -44,7 +47,7 @@ async def export_feedback(request: HttpRequest) -> HttpResponse:
         number = float(share)
     except ValueError:
         raise UserError(f"test_share is {share!r}, expected a number") from None
-    found = await read(lambda: squad_io.corrections(selectors.judged(request.user), number))
+    found = await read(lambda: corrections(selectors.judged(request.user), number))
     examples = found.train if part == "train" else found.test
     if not examples:
         raise UserError("no answer about a passage has been judged yet, or none that tells what is right")
@@ -56,6 +59,6 @@ async def export_feedback(request: HttpRequest) -> HttpResponse:
 urlpatterns = [
     path("api/conversations/<uuid:id>/export", endpoint(GET=export_conversation)),
     path("api/export", endpoint(GET=export_all)),
-    path("api/import", endpoint(POST=import_file)),
+    path("api/import", endpoint(POST=import_conversations)),
     path("api/feedback/export", endpoint(GET=export_feedback)),
 ]

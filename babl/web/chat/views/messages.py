@@ -1,6 +1,6 @@
 """Questions and answers: asking, following the answers as they are written, stopping them, and feedback."""
 
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlencode
 from uuid import UUID
 
@@ -10,11 +10,11 @@ from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.urls import path
 
 from babl.errors import UserError
-from babl.web.chat import access, selectors, services, sse
+from babl.web.chat import access, selectors, serializers, services, sse
 from babl.web.chat.database import write
 from babl.web.chat.endpoint import ApiError, endpoint, engine_failure, event_stream, parse_id, read, read_body
+from babl.web.chat.engine_requests import Draft, draft_request
 from babl.web.chat.hub import Running, hub
-from babl.web.engine.protocol import Settings
 
 MAX_STREAM_ANSWERS = 128  # those of all tabs of a browser, which share one stream
 
@@ -59,7 +59,7 @@ async def _started(request: HttpRequest, asked: services.Asked, running: list[Ru
     failed = await hub.refusal(running)
     ids = [("g", str(answer.id)) for answer in asked.answers]
     found = {
-        "question": await read(selectors.message_json, asked.question),
+        "question": await read(serializers.message_json, asked.question),
         "answers": [await read(_message_json, request.user, answer.id) for answer in asked.answers],
         "stream": f"/api/events?{urlencode(ids)}",
     }
@@ -69,7 +69,7 @@ async def _started(request: HttpRequest, asked: services.Asked, running: list[Ru
 
 
 def _message_json(user: Any, id: UUID) -> dict[str, Any]:
-    return selectors.message_json(selectors.message(user, id))
+    return serializers.message_json(selectors.message(user, id))
 
 
 async def stop(request: HttpRequest, id: UUID) -> dict[str, bool]:
@@ -81,7 +81,7 @@ async def stop(request: HttpRequest, id: UUID) -> dict[str, bool]:
 async def give_feedback(request: HttpRequest, id: UUID) -> dict[str, Any] | None:
     """Stores the user's `services.NewFeedback` on an answer; returns {good, span, no_answer, note}."""
     feedback = read_body(request, services.NewFeedback)
-    return selectors.feedback_json(await write(services.give_feedback, request.user, id, feedback))
+    return serializers.feedback_json(await write(services.give_feedback, request.user, id, feedback))
 
 
 async def delete_feedback(request: HttpRequest, id: UUID) -> HttpResponse:
@@ -103,32 +103,9 @@ async def events(request: HttpRequest) -> StreamingHttpResponse:
     return event_stream(sse.answers(user, ids, sse.parse_cursors(seen, len(ids))))
 
 
-class Draft(msgspec.Struct, forbid_unknown_fields=True):
-    """A question that is not sent yet."""
-
-    content: str
-    model: str
-    conversation: UUID | None = None
-    parent: UUID | None = None
-    passage: UUID | None = None
-    kind: Literal["chat", "qa", "completion"] = "qa"
-    settings: Settings = Settings()
-
-
 async def count_tokens(request: HttpRequest) -> dict[str, Any]:
     """Returns what a `Draft` would take of its model: {prompt_tokens, limit, cut_tokens, windows}."""
-    draft = read_body(request, Draft)
-    engine_request = await read(
-        selectors.draft_request,
-        request.user,
-        draft.conversation,
-        draft.parent,
-        draft.kind,
-        draft.model,
-        draft.content,
-        draft.passage,
-        draft.settings,
-    )
+    engine_request = await read(draft_request, request.user, read_body(request, Draft))
     return msgspec.structs.asdict(await hub.engine.count(engine_request))
 
 

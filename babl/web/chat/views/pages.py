@@ -7,7 +7,7 @@ from django.http import HttpRequest, HttpResponse
 from django.shortcuts import render
 from django.urls import path
 
-from babl.web.chat import selectors
+from babl.web.chat import selectors, serializers
 from babl.web.chat.endpoint import endpoint, read
 
 
@@ -22,7 +22,7 @@ async def chat_page(request: HttpRequest, id: UUID | None = None) -> HttpRespons
             "more": False,
         }
         if id is not None:
-            context["conversation"] = selectors.conversation_json(selectors.conversation(request.user, id))
+            context["conversation"] = serializers.conversation_json(selectors.conversation(request.user, id))
             context |= selectors.thread(request.user, id)
         return render(request, "chat/index.html", context)
 
@@ -33,7 +33,7 @@ async def sets_page(request: HttpRequest) -> HttpResponse:
     """Renders the question sets and their runs."""
 
     def page() -> HttpResponse:
-        sets = [selectors.set_json(each) for each in selectors.question_sets(request.user)]
+        sets = [serializers.set_json(each) for each in selectors.question_sets(request.user)]
         return render(request, "chat/sets.html", {"sets": sets})
 
     return await read(page)

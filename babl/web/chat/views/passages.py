@@ -8,7 +8,7 @@ from django.http import HttpRequest, HttpResponse
 from django.urls import path
 
 from babl.errors import UserError
-from babl.web.chat import selectors, services
+from babl.web.chat import selectors, serializers, services
 from babl.web.chat.database import write
 from babl.web.chat.endpoint import endpoint, is_form, read, read_body, uploaded_file
 
@@ -24,7 +24,7 @@ async def list_passages(request: HttpRequest) -> dict[str, Any]:
     """Returns {passages: [passage_json without the text]}."""
 
     def find() -> list[dict[str, Any]]:
-        return [selectors.passage_json(each, text=False) for each in selectors.passages(request.user)]
+        return [serializers.passage_json(each, text=False) for each in selectors.passages(request.user)]
 
     return {"passages": await read(find)}
 
@@ -39,12 +39,12 @@ async def create_passage(request: HttpRequest) -> tuple[int, dict[str, Any]]:
             raise UserError(f"{title}: not a text file in UTF-8") from None
     else:
         new = read_body(request, NewPassage)
-    return 201, selectors.passage_json(await write(services.add_passage, request.user, new.text, new.title))
+    return 201, serializers.passage_json(await write(services.add_passage, request.user, new.text, new.title))
 
 
 async def get_passage(request: HttpRequest, id: UUID) -> dict[str, Any]:
     """Returns a passage with its text: passage_json."""
-    return selectors.passage_json(await read(selectors.passage, request.user, id))
+    return serializers.passage_json(await read(selectors.passage, request.user, id))
 
 
 async def delete_passage(request: HttpRequest, id: UUID) -> HttpResponse:

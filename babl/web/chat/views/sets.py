@@ -8,7 +8,7 @@ import msgspec
 from django.http import HttpRequest, HttpResponse
 from django.urls import path
 
-from babl.web.chat import selectors, services, squad_io
+from babl.web.chat import question_sets, selectors, serializers
 from babl.web.chat.database import write
 from babl.web.chat.endpoint import endpoint, file_response, parse_id, read, read_body, uploaded_file
 from babl.web.chat.hub import hub
@@ -18,7 +18,7 @@ async def list_sets(request: HttpRequest) -> dict[str, Any]:
     """Returns {sets: [set_json]}."""
 
     def find() -> list[dict[str, Any]]:
-        return [selectors.set_json(each) for each in selectors.question_sets(request.user)]
+        return [serializers.set_json(each) for each in selectors.question_sets(request.user)]
 
     return {"sets": await read(find)}
 
@@ -26,20 +26,20 @@ async def list_sets(request: HttpRequest) -> dict[str, Any]:
 async def create_set(request: HttpRequest) -> tuple[int, dict[str, Any]]:
     """Imports a SQuAD file, the body (?name=NAME) or the `file` of a form; returns 201 with its set_json."""
     name, data = uploaded_file(request)
-    new = await write(squad_io.import_question_set, request.user, name, data)
-    return 201, await read(selectors.set_json, new)
+    new = await write(question_sets.import_question_set, request.user, name, data)
+    return 201, await read(serializers.set_json, new)
 
 
 async def get_set(request: HttpRequest, id: UUID) -> dict[str, Any]:
     """Returns a question set with its runs: set_json."""
-    return await read(lambda: selectors.set_json(selectors.question_set(request.user, id)))
+    return await read(lambda: serializers.set_json(selectors.question_set(request.user, id)))
 
 
 async def delete_set(request: HttpRequest, id: UUID) -> HttpResponse:
     """Stops the runs of a question set and deletes it; returns 204."""
     for run in await read(lambda: list(selectors.question_set(request.user, id).runs.all())):
         await hub.stop_set(run.id)
-    await write(services.delete_question_set, request.user, id)
+    await write(question_sets.delete_question_set, request.user, id)
     return HttpResponse(status=204)
 
 
@@ -53,13 +53,13 @@ class NewRun(msgspec.Struct, forbid_unknown_fields=True):
 async def start_run(request: HttpRequest, id: UUID) -> tuple[int, dict[str, Any]]:
     """Starts a `NewRun` through a question set; returns 201 with its run_json."""
     new = read_body(request, NewRun)
-    run = await hub.run_set(services.create_run, request.user, id, new.model, new.with_context)
-    return 201, await read(selectors.run_json, run)
+    run = await hub.run_set(question_sets.create_run, request.user, id, new.model, new.with_context)
+    return 201, await read(serializers.run_json, run)
 
 
 async def get_run(request: HttpRequest, id: UUID) -> dict[str, Any]:
     """Returns a run and its scores so far: run_json."""
-    return await read(lambda: selectors.run_json(selectors.run(request.user, id)))
+    return await read(lambda: serializers.run_json(selectors.run(request.user, id)))
 
 
 async def get_predictions(request: HttpRequest, id: UUID) -> HttpResponse:
@@ -83,7 +83,7 @@ async def stop_run(request: HttpRequest, id: UUID) -> dict[str, Any]:
 
 async def resume_run(request: HttpRequest, id: UUID) -> dict[str, Any]:
     """Resumes a run with the questions that have no answer yet; returns its run_json."""
-    await hub.run_set(services.resume_run, request.user, id)
+    await hub.run_set(question_sets.resume_run, request.user, id)
     return await get_run(request, id)
 
 

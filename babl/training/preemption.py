@@ -1,4 +1,4 @@
-"""Signals that ask a run to leave: it saves within a step and exits with `EXIT_PREEMPTED`.
+"""Signals that ask a run to leave: it saves within a step and exits with `EXIT_PREEMPTED`; and other exit codes.
 
 A handler only notes the signal. The loop's own reduction carries the note to all ranks, so that they save and leave
 together; a signal during set-up or a save waits for the next step's end, and a second one changes nothing.
@@ -7,13 +7,16 @@ together; a signal during set-up or a save waits for the next step's end, and a 
 import os
 import select
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 
-from babl.distributed.failure import SIGNALS
+from babl.distributed.failure import EXIT_INTERRUPTED, EXIT_PREEMPTED, SIGNALS, report
+from babl.training.memory import memory_advice
 
 POLL_SECONDS, GRACE_SECONDS = 1.0, 5.0
 
@@ -64,3 +67,24 @@ def _watch_peers(pipe: int, asked: threading.Event) -> None:
             alone += POLL_SECONDS
             if alone >= GRACE_SECONDS:
                 os._exit(1)  # the rank that is gone has said why, or torchrun does
+
+
+def exit_code(program: str, run: Callable[[], Path]) -> int:
+    """Runs a training and returns its exit code; rank 0 prints the last checkpoint, or in a line why there is none."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        with memory_advice("training"):
+            checkpoint = run()
+    except Preempted as left:
+        if is_main:
+            print(f"{program}: {left}", file=sys.stderr)
+        return EXIT_PREEMPTED
+    except KeyboardInterrupt:
+        if is_main:
+            print(f"\n{program}: interrupted; run.resume=true goes on from the last checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        return report(program, error)
+    if is_main:
+        print(checkpoint)
+    return 0

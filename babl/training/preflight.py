@@ -13,7 +13,7 @@ from babl.distributed.base import Backend
 from babl.distributed.env import World
 from babl.errors import UserError
 from babl.models.weights import stored_weights
-from babl.training.checkpoint import Checkpoints
+from babl.training.checkpoint import Checkpoints, load_checkpoint
 from babl.training.loss import token_loss
 from babl.training.memory import memory_advice
 from babl.training.metrics import peak_memory
@@ -55,7 +55,6 @@ def try_checkpoint(
     backend: Backend,
     config: Any,
     save: Callable[[Checkpoints], None],
-    load: Callable[[Path], Any],
     optim: OptimConfig,
     at_once: int,
     say: Callable[[str], None],
@@ -68,7 +67,6 @@ def try_checkpoint(
         backend: Whose weights are written.
         config: The model's.
         save: Writes one among the checkpoints it is given.
-        load: Reads one back.
         optim: Of the run, whose state the first checkpoint does not have yet.
         at_once: Most checkpoints there at a time, the one being written included.
         say: Prints.
@@ -85,7 +83,7 @@ def try_checkpoint(
         written, _ = tried.newest_whole()
         assert written
         check_written(written, me, backend, config)
-        load(written)
+        load_checkpoint(written, config, backend.load)
         me.barrier()
         if me.is_main:
             size = sum(path.stat().st_size for path in written.rglob("*"))

@@ -24,7 +24,7 @@ import httpx
 import numpy as np
 import psutil
 
-from babl.scripts.bench import machine
+from babl.scripts.bench.turns import machine
 
 TURNS = 20  # questions of a conversation
 SCRIPT = "tokens=40 delay=0.05 the quick brown fox jumps over the lazy dog"  # two seconds, twenty words each

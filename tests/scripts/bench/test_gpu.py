@@ -9,7 +9,8 @@ from babl.distributed.backend import DistributedConfig, make_backend
 from babl.distributed.env import world
 from babl.models.llama import Llama, LlamaConfig
 from babl.models.t5 import T5, T5Config
-from babl.scripts import bench, bench_gpu
+from babl.scripts.bench import gpu
+from babl.scripts.bench.__main__ import main
 from babl.training.optimizer import OptimConfig, make_optimizer
 
 
@@ -30,8 +31,8 @@ def test_the_products_of_a_step_are_counted_as_one_counts_them_by_hand():
     with world() as me:
         backend = make_backend(DistributedConfig(), me, bf16=False)
         backend.setup(model.train(), partial(make_optimizer, cfg=OptimConfig()))
-        batch = bench_gpu._batch(bench_gpu.Work(config, examples), encoder_decoder=True)
-        assert bench_gpu._flops(backend, batch) == by_hand
+        batch = gpu._batch(gpu.Work(config, examples), encoder_decoder=True)
+        assert gpu._flops(backend, batch) == by_hand
 
 
 def test_attention_whose_heads_share_keys_is_counted_as_without_sharing():
@@ -46,15 +47,15 @@ def test_attention_whose_heads_share_keys_is_counted_as_without_sharing():
         with world() as me:
             backend = make_backend(DistributedConfig(), me, bf16=False)
             backend.setup(model.train(), partial(make_optimizer, cfg=OptimConfig()))
-            batch = bench_gpu._batch(bench_gpu.Work(config, 1), encoder_decoder=False)
+            batch = gpu._batch(gpu.Work(config, 1), encoder_decoder=False)
             weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("blocks"))
             rest = 2 * length * weights + 2 * 16 * 16 * 31_000  # layers, and the head at the answer's places
-            by_kv_heads.append(bench_gpu._flops(backend, batch) // 3 - rest)
+            by_kv_heads.append(gpu._flops(backend, batch) // 3 - rest)
     assert by_kv_heads[0] == by_kv_heads[1] == 2 * 2 * heads * length * length * width
 
 
 def test_without_a_gpu_a_step_is_not_timed(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert bench.main(["gpu", "--model", "t5-base"]) == 2
+    assert main(["gpu", "--model", "t5-base"]) == 2
     assert "measured on a GPU, and there is none" in capsys.readouterr().err

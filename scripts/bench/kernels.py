@@ -1,9 +1,10 @@
 """What Triton kernels cost and gain: compiled for a GPU that need not be here, or measured on the one that is.
 
-`scripts/bench.py kernels` and `scripts/bench.py compile` run this.
+The jobs `kernels` and `compile`.
 """
 
 import importlib.util
+import json
 import re
 import statistics
 import subprocess
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from babl import ops
+from babl import kernel_choice, ops
 from babl.errors import UserError
 from babl.rng import threshold
 
@@ -53,6 +54,36 @@ class Case:
     ways: dict[str, Way] = field(default_factory=dict)
     traffic: int = 0
     work: int = 0
+
+
+def add(jobs: Any) -> None:
+    """Adds two jobs."""
+    job = jobs.add_parser("kernels", help="Triton kernels beside what torch has, on a GPU")
+    job.add_argument("--repeats", type=int, default=3, metavar="N")
+    job.add_argument("--table", action="store_true", help="write kernels/measured.json, by which kernels are chosen")
+    job.add_argument("--operation", action="append", default=[], metavar="NAME", help="one only; may be repeated")
+    job.set_defaults(run=lambda a: run(a.repeats, a.table, a.operation))
+    job = jobs.add_parser(
+        "compile", help="registers and memory of the kernels, compiled for GPUs that need not be here"
+    )
+    job.add_argument("--sm", type=int, action="append", choices=(80, 90), help="one only; may be repeated")
+    job.set_defaults(run=lambda a: [row for sm in a.sm or (80, 90) for row in compile_ahead(sm)])
+
+
+def run(repeats: int, write_table: bool, operations: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns the rows of `measure`; kernels are chosen by them from then on, where asked."""
+    kernel_choice.use_kernels("off")  # what is compared with is plain torch
+    rows = measure(repeats, operations=operations)
+    if write_table:
+        (gpu, found), *_ = table(rows, torch.cuda.get_device_name()).items()
+        kept = {
+            name: of
+            for name, of in kernel_choice.MEASURED.get(gpu, {}).items()
+            if operations and name not in operations
+        }
+        measured = kernel_choice.MEASURED | {gpu: kept | found}
+        kernel_choice.MEASURED_FILE.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    return rows
 
 
 def measure(repeats: int, cases: Iterable[Case] | None = None, operations: Sequence[str] = ()) -> list[dict[str, Any]]:

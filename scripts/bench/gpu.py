@@ -1,6 +1,6 @@
 """What a training step costs on a GPU: tokens a second, memory, and the share of the GPU's arithmetic that is used.
 
-`scripts/bench.py gpu` runs this. A step is the loop's own: batches from the collator, bf16 by autocast over fp32
+A step is the loop's own: batches from the collator, bf16 by autocast over fp32
 weights, the backend `ddp` on one rank, fused AdamW. Weights are random. Plain torch and the kernels take turns, step by
 step.
 """
@@ -72,6 +72,14 @@ WORK: dict[str, Callable[[], Work]] = {
 }
 
 
+def add(jobs: Any) -> None:
+    """Adds the job."""
+    job = jobs.add_parser("gpu", help="training steps of published shapes on a GPU, without and with kernels")
+    job.add_argument("--model", action="append", choices=WORK, help="one only; may be repeated")
+    job.add_argument("--steps", type=int, default=10, metavar="N", help="timed ones of each way (default 10)")
+    job.set_defaults(run=lambda a: measure(a.model or list(WORK), a.steps))
+
+
 def measure(models: list[str], steps: int) -> list[dict[str, Any]]:
     """Returns a row for each model and way, plain torch or kernels: milliseconds a step, tokens a second, memory, MFU.
 
@@ -87,7 +95,7 @@ def measure(models: list[str], steps: int) -> list[dict[str, Any]]:
     """
     if not torch.cuda.is_available():
         raise UserError("a training step is measured on a GPU, and there is none")
-    from babl.scripts.bench_kernels import ceilings
+    from babl.scripts.bench.kernels import ceilings
 
     _, peak = ceilings()
     rows = []

@@ -4,23 +4,30 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from babl import kernel_choice
 from babl.errors import UserError
-from babl.scripts import bench_kernels
+from babl.scripts.bench import kernels
 
-BENCH = Path(__file__).parent.parent.parent / "scripts" / "bench.py"
 FILES = {"rms_norm", "layer_norm", "rope", "glu", "linear_cross_entropy", "attention"}
 
 
 @pytest.mark.parametrize("sm", [80, 90])
 def test_every_kernel_compiles_ahead_of_time_within_registers_and_shared_memory(sm, tmp_path):
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    command = [sys.executable, str(BENCH), "compile", "--sm", str(sm), "--out", str(tmp_path / "rows.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "babl.scripts.bench",
+        "compile",
+        "--sm",
+        str(sm),
+        "--out",
+        str(tmp_path / "rows.json"),
+    ]
     subprocess.run(command, check=True, env=environment, capture_output=True)
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     ours = [row for row in rows if row["by"] == "kernel"]
@@ -38,27 +45,27 @@ def test_compiling_is_refused_where_the_interpreter_would_take_over():
     if not os.environ.get("TRITON_INTERPRET"):
         pytest.skip("kernels run on the GPU here")
     with pytest.raises(UserError, match="TRITON_INTERPRET is set"):
-        bench_kernels.compile_ahead(90)
+        kernels.compile_ahead(90)
 
 
 def test_without_a_gpu_nothing_is_measured():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(UserError, match="there is none"):
-        bench_kernels.measure(1)
+        kernels.measure(1)
 
 
 def test_each_way_of_each_case_computes_the_same_and_is_measured(device, monkeypatch):
-    monkeypatch.setattr(bench_kernels, "_liger", dict)  # whose kernels write over their inputs, and are not interpreted
+    monkeypatch.setattr(kernels, "_liger", dict)  # whose kernels write over their inputs, and are not interpreted
     kernel_choice.use_kernels("off")
     torch.manual_seed(0)
     cases = [
-        *bench_kernels.elementwise(4, 16, torch.float32, device),
-        bench_kernels.rope(1, 4, 5, 8, torch.float32, device),
-        *bench_kernels.attention(1, 2, 9, 16, torch.float32, device, flex=False),
-        bench_kernels.loss(3, 4, 20, torch.float32, device),
+        *kernels.elementwise(4, 16, torch.float32, device),
+        kernels.rope(1, 4, 5, 8, torch.float32, device),
+        *kernels.attention(1, 2, 9, 16, torch.float32, device, flex=False),
+        kernels.loss(3, 4, 20, torch.float32, device),
     ]
-    rows = bench_kernels.measure(2, cases)
+    rows = kernels.measure(2, cases)
     assert len(rows) == sum(len(case.ways) for case in cases)
     assert {row["operation"] for row in rows} - {"attention, dropout"} == set(kernel_choice.WIDEST) | {
         "glu",
@@ -83,5 +90,5 @@ def test_the_table_has_the_size_from_which_on_the_kernel_is_faster_than_what_ops
     faster = [row(512, "kernel", 3), row(512, plain, 4), row(1024, "kernel", 5), row(1024, plain, 9)]
     faster += [row(512, "flex", 2), row(1024, "flex", 2)]  # which ops does not have
     never = [row(512, "kernel", 3, 128), row(512, plain, 1, 128), row(512, "flex", 9, 128)]
-    table = bench_kernels.table([*slower_once, *faster, *never], "H9")
+    table = kernels.table([*slower_once, *faster, *never], "H9")
     assert table == {"H9": {"attention": {"bfloat16": {"64": 512}}}}

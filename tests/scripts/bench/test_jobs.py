@@ -8,7 +8,10 @@ import pytest
 from babl.data.fictional import fictional_corpus
 from babl.models import save_pretrained
 from babl.models.build import ModelConfig, build_model
-from babl.scripts.bench import generate, load, main, score
+from babl.scripts.bench.__main__ import main
+from babl.scripts.bench.generate import generate
+from babl.scripts.bench.load import load
+from babl.scripts.bench.score import score
 from babl.text import train_tokenizer
 
 

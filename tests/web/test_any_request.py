@@ -157,7 +157,7 @@ def hold(own, known, schemas, examples):
             seen[response.status_code // 100] += 1
 
     answered()
-    assert min(seen[2], seen[4]) > examples / 10, "some requests are right, and some are not"
+    assert min(seen[2], seen[4]) > examples / 50, "some requests are right, and some are not"
     said = own.log.read_bytes()[log:].decode(errors="replace")
     assert "Traceback" not in said, said[said.index("Traceback") - 200 :][:2000]
     assert own.engine().pid == engine

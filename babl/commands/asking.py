@@ -81,7 +81,7 @@ def generate(args: argparse.Namespace) -> None:
     from babl.generation.conversation import prompt_style
     from babl.text.prompts import prompt_ids, system_message
 
-    config = sampling_config(args, num_beams=args.num_beams, length_penalty=args.length_penalty)
+    config = sampling_config(args)
     engine = load_engine(args)
     told = system_message(args.system)
     style = prompt_style(engine, args.chat, told)

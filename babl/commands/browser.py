@@ -22,16 +22,16 @@ def add_serve(verbs: Verbs) -> None:
 
 
 def serve(args: argparse.Namespace) -> int:
-    """Serves the browser until it is told to end."""
-    from babl.web.serve import Place, add_user, remove_user
-    from babl.web.serve import serve as run
+    """Runs the server until it is stopped."""
+    from babl.web.serve import ServerOptions, add_user, remove_user
+    from babl.web.serve import serve as run_server
 
     if args.remove_user is not None:
         number = remove_user(args.remove_user, args.data)
         print(f"{args.remove_user} and {number:,} conversations are removed")
         return 0
     if args.add_user is None:
-        return run(Place(args.host, args.port, args.data, args.models))
+        return run_server(ServerOptions(args.host, args.port, args.data, args.models))
     from getpass import getpass
 
     password = getpass(f"Password of {args.add_user}: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
@@ -54,9 +54,9 @@ def add_feedback(verbs: Verbs) -> None:
 def feedback(args: argparse.Namespace) -> None:
     """Writes SQuAD files that `babl train` reads, and prints how many questions each has."""
     from babl.data.squad import to_squad
-    from babl.web.serve import Place, prepare
+    from babl.web.serve import ServerOptions, prepare
 
-    prepare(Place(data=args.data))
+    prepare(ServerOptions(data=args.data))
     from babl.web.chat.corrections import corrections
     from babl.web.chat.selectors import judged
 

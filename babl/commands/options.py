@@ -27,7 +27,14 @@ def add_sampling(sub: argparse.ArgumentParser, temperature: float) -> None:
     sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest that sum to P")
     sub.add_argument("--min-p", type=float, default=0.0, metavar="P", help="share of the likeliest's probability")
     sub.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
-    sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
+    sub.add_argument(
+        "--stop",
+        dest="stop_strings",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this; may be repeated",
+    )
     sub.add_argument("--seed", type=int, default=0)
 
 
@@ -99,12 +106,16 @@ def load_engine(args: argparse.Namespace) -> Any:
     return engine
 
 
-def sampling_config(args: argparse.Namespace, **more: Any) -> Any:
-    """Returns the GenerationConfig that the options of `add_sampling` ask for."""
+def sampling_config(args: argparse.Namespace) -> Any:
+    """Returns the GenerationConfig of the options, which have the names of its fields."""
+    from dataclasses import fields
+
     from babl.generation import GenerationConfig
 
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    return GenerationConfig(**{name: getattr(args, name) for name in names}, stop_strings=tuple(args.stop), **more)
+    given = vars(args)
+    return GenerationConfig(
+        **{field.name: given[field.name] for field in fields(GenerationConfig) if field.name in given}
+    )
 
 
 def print_facts(facts: dict[str, Any], as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""The application uvicorn serves: the hub lives as long as it, and files and /healthz never wait for Django."""
+"""The ASGI application: opens and closes the hub, and serves files and /healthz without Django."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -16,23 +16,23 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
-BODY_SECONDS = 30.0  # between two pieces of a body
+BODY_SECONDS = 30.0  # between two pieces of a request's body
 
 
 class TooLong(Exception):
-    """A request has more bytes than its address takes."""
+    """A request's body is longer than its URL accepts."""
 
 
 class TooSlow(Exception):
-    """The next piece of a request's body does not come."""
+    """The next piece of a request's body did not arrive in time."""
 
 
 class Application:
-    """Answers each connection.
+    """The ASGI application.
 
     Args:
-        open: Called once before the first request.
-        close: Called once after the last one.
+        open: Awaited before the first request.
+        close: Awaited after the last request.
     """
 
     def __init__(self, open: Callable[[], Awaitable[None]], close: Callable[[], Awaitable[None]]):
@@ -41,7 +41,7 @@ class Application:
         self._static = StaticFiles(packages=[("babl.web.chat", "static")])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one."""
+        """Handles a request, or the lifespan."""
         if scope["type"] == "lifespan":
             return await self._lifespan(receive, send)
         if scope["type"] != "http":
@@ -52,7 +52,7 @@ class Application:
             inner = {**scope, "root_path": scope.get("root_path", "") + settings.STATIC_URL.rstrip("/")}
             try:
                 return await self._static(inner, receive, _with_headers(send))
-            except (HTTPException, ValueError) as error:  # no such file, another method, or no name of a file at all
+            except (HTTPException, ValueError) as error:  # no such file, another method, or an invalid name
                 status = error.status_code if isinstance(error, HTTPException) else 404
                 return await _respond(_with_headers(send), status, b"there is no such file\n" if status == 404 else b"")
         most = settings.LOGIN_BYTES if scope["path"] == settings.LOGIN_URL else settings.UPLOAD_BYTES
@@ -60,11 +60,11 @@ class Application:
         try:
             if int(length if length.isdigit() else 0) > most:
                 raise TooLong
-            await self._django(scope, _at_most(receive, most), send)
-        except TooLong:  # Django reads the whole body before it answers anything
+            await self._django(scope, _limited(receive, most), send)
+        except TooLong:  # Django reads the whole body before it answers
             await _respond(send, 413, b"the request is too long\n")
         except TooSlow:
-            await _respond(send, 408, b"the rest of the request did not come\n")
+            await _respond(send, 408, b"the rest of the request did not arrive\n")
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -86,10 +86,10 @@ async def _respond(send: Send, status: int, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def _at_most(receive: Receive, most: int) -> Receive:
-    """Returns a receiver of at most `most` bytes, whatever length the request says, none of them waited for long.
+def _limited(receive: Receive, most: int) -> Receive:
+    """Returns a `receive` that raises `TooLong` after `most` bytes, and `TooSlow` if the body stalls.
 
-    It raises `TooLong` or `TooSlow`; after the body, it waits for ever for the client to leave.
+    After the body, it waits without limit for the client to disconnect.
     """
     got, more = 0, True
 
@@ -110,7 +110,7 @@ def _at_most(receive: Receive, most: int) -> Receive:
 
 
 def _with_headers(send: Send) -> Send:
-    """Returns a sender of files that the browser asks about each time; a new version may have others."""
+    """Returns a `send` that adds the security headers, and lets the browser revalidate files each time."""
     ours = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
 
     async def sending(message: MutableMapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Connections of clients: who opens many and says nothing keeps nobody out."""
+"""HTTP connections with a time limit, so that idle ones cannot exhaust the server."""
 
 import asyncio
 import contextlib
@@ -6,52 +6,52 @@ import resource
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_SECONDS = 20.0  # that the head of a request may take; browsers open connections before they need them
-MOST_FILES = 65_536  # that the process may have open: connections are files
+HEAD_SECONDS = 20.0  # for the head of a request; browsers open connections before they need them
+MAX_FILES = 65_536  # open files of the process, connections included
 
 
 class Connection(H11Protocol):
-    """One connection, which is closed where the head of its next request does not come whole within `HEAD_SECONDS`."""
+    """A connection that is closed unless the head of its next request arrives within `HEAD_SECONDS`."""
 
-    _late: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """The client is waited for."""
+        """Starts the time limit."""
         super().connection_made(transport)
-        self._wait()
+        self._start_timer()
 
     def data_received(self, data: bytes) -> None:
-        """The head is whole, or is waited for."""
+        """Stops the time limit when the head is complete, or starts it."""
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
-            self._wait_no_more()
-        elif self._late is None:
-            self._wait()
+            self._stop_timer()
+        elif self._timer is None:
+            self._start_timer()
 
     def on_response_complete(self) -> None:
-        """The next request may have begun already."""
+        """Restarts the time limit, unless the next request has arrived already."""
         super().on_response_complete()
         if self.cycle is None or self.cycle.response_complete:
-            self._wait_no_more()
-            self._wait()
+            self._stop_timer()
+            self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nobody is waited for."""
-        self._wait_no_more()
+        """Stops the time limit."""
+        self._stop_timer()
         super().connection_lost(exc)
 
-    def _wait(self) -> None:
-        self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+    def _start_timer(self) -> None:
+        self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
-    def _wait_no_more(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
-def allow_many() -> None:
-    """The process may have as many connections as the system lets it, not the few that shells allow."""
+def raise_file_limit() -> None:
+    """Raises the process's limit of open files, and so of connections, as far as the system allows."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
-    with contextlib.suppress(ValueError, OSError):  # some systems let a process have fewer than they say
+    wanted = MAX_FILES if most == resource.RLIM_INFINITY else min(most, MAX_FILES)
+    with contextlib.suppress(ValueError, OSError):  # some systems allow fewer than they say
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))

@@ -1,4 +1,4 @@
-"""What `babl serve` runs: one web process, which starts the engine's and answers until it is told to end."""
+"""`babl serve`: one web process, which starts the engine process and serves until it is stopped."""
 
 import asyncio
 import fcntl
@@ -17,19 +17,19 @@ from typing import IO
 from babl.errors import UserError
 
 DATABASE = "babl.sqlite3"
-SECRETS = (f"{DATABASE}*", "secret-key*", "serve.lock")  # in the data folder, for its owner alone
-GRACE_SECONDS = 8  # for responses under way when the server is told to end
+SECRETS = (f"{DATABASE}*", "secret-key*", "serve.lock")  # in the data folder, readable by its owner alone
+GRACE_SECONDS = 8  # for running responses when the server is stopped
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a server listens, and what it has.
+class ServerOptions:
+    """Where a server listens, and its folders.
 
     Attributes:
-        host: Address; another than a loopback one needs login.
+        host: Address to listen on; any but a loopback address needs login.
         port: 0 takes a free one.
         data: Folder of the database; None for `BABL_HOME`, else ~/.babl.
-        models: Folders of models; none for those that `make demo` and `babl train` write.
+        models: Folders of models; none for the engine's own choice, models and runs.
     """
 
     host: str = "127.0.0.1"
@@ -38,19 +38,19 @@ class Place:
     models: Sequence[Path] = ()
 
 
-def prepare(place: Place) -> Path:
-    """Returns the data folder; Django is set up, and its database has all tables.
+def prepare(options: ServerOptions) -> Path:
+    """Sets up Django and creates the tables of its database; returns the data folder.
 
     Raises:
-        UserError: The folder cannot be written, the database cannot be reached, or the environment makes no sense.
+        UserError: The folder cannot be written, the database cannot be reached, or the environment is invalid.
     """
     auth = os.environ.get("BABL_AUTH", "local")
     if auth not in ("local", "login"):
         raise UserError(f"BABL_AUTH is {auth!r}, expected local or login")
-    folder = _private(place.data)
+    folder = _private_folder(options.data)
     os.environ["BABL_DATA"] = str(folder)
-    if place.models:
-        os.environ["BABL_MODELS"] = os.pathsep.join(str(each.absolute()) for each in place.models)
+    if options.models:
+        os.environ["BABL_MODELS"] = os.pathsep.join(str(each.absolute()) for each in options.models)
     os.environ["DJANGO_SETTINGS_MODULE"] = "babl.web.settings"
     import django
     from django.core.exceptions import ImproperlyConfigured
@@ -59,7 +59,7 @@ def prepare(place: Place) -> Path:
     try:
         django.setup()
         try:
-            _make_tables(folder / DATABASE)
+            _migrate(folder / DATABASE)
         finally:
             connections.close_all()
     except OSError as error:
@@ -69,49 +69,53 @@ def prepare(place: Place) -> Path:
     return folder
 
 
-def _make_tables(embedded: Path) -> None:
-    """The database has all tables; the embedded one is the file."""
+def _migrate(embedded: Path) -> None:
+    """Creates or migrates the tables.
+
+    Args:
+        embedded: File of the database, if it is the embedded one.
+    """
     from django.core.management import call_command
     from django.db import connection
 
-    if connection.vendor == "postgresql":  # once, by itself: a pool would go on trying
+    if connection.vendor == "postgresql":  # once, by itself: a pool would retry
         with connection.wrap_database_errors:
             connection.Database.connect(**connection.get_connection_params()).close()
     else:
-        embedded.touch(0o600)  # SQLite makes its journals as readable as this
+        embedded.touch(0o600)  # SQLite gives its journals the same permissions
     call_command("migrate", verbosity=0, interactive=False)
 
 
-def serve(place: Place) -> int:
-    """Returns 0 once the server was told to end, by SIGTERM or Ctrl-C, and has.
+def serve(options: ServerOptions) -> int:
+    """Serves until SIGTERM or Ctrl-C; returns the exit status.
 
     Raises:
-        UserError: The address would be open to others without login, or is taken; another server has this data; or a
-            folder of models is none.
+        UserError: The address would be open to others without login, or is in use; another server uses this data; or a
+            folder of models does not exist.
     """
-    for folder in place.models:
+    for folder in options.models:
         if not folder.is_dir():
             raise UserError(
                 f"--models: {folder} is no folder; name one that has models, or a model (`babl pull` makes one)"
             )
-    _check_address(place.host)
-    listening = _listen(place.host, place.port)
-    with _only_one(_private(place.data)):
-        prepare(place)
+    _check_address(options.host)
+    listening = _listen(options.host, options.port)
+    with _lock_folder(_private_folder(options.data)):
+        prepare(options)
         import uvicorn
         from django.conf import settings
 
         from babl.web.asgi import Application
         from babl.web.chat.access import link
         from babl.web.chat.accounts import local_user
-        from babl.web.chat.database import claim, write
+        from babl.web.chat.database import lock, write
         from babl.web.chat.hub import hub
-        from babl.web.connections import Connection, allow_many
+        from babl.web.connections import Connection, raise_file_limit
         from babl.web.engine.client import DEFAULT_FOLDERS, EngineClient
 
-        if not asyncio.run(write(claim)):
+        if not asyncio.run(write(lock)):
             raise UserError("DATABASE_URL: another server has this database; end it, or choose another one")
-        host = f"[{place.host}]" if ":" in place.host else place.host
+        host = f"[{options.host}]" if ":" in options.host else options.host
         link.address = f"http://{host}:{listening.getsockname()[1]}"
 
         async def open_hub() -> None:
@@ -119,10 +123,10 @@ def serve(place: Place) -> int:
             await hub.open(EngineClient(settings.BABL_MODELS or DEFAULT_FOLDERS, scripted=settings.BABL_SCRIPTED))
 
         class Server(uvicorn.Server):
-            """Tells open streams that it ends; they would keep it waiting."""
+            """Closes open streams when it is stopped, which would keep it waiting."""
 
             @contextmanager
-            def capture_signals(self) -> Iterator[None]:  # uvicorn's would end the process by the signal, afterwards
+            def capture_signals(self) -> Iterator[None]:  # uvicorn would raise the signal again at the end
                 before = {each: signal.signal(each, self.handle_exit) for each in (signal.SIGINT, signal.SIGTERM)}
                 yield
                 for each, handler in before.items():
@@ -130,7 +134,7 @@ def serve(place: Place) -> int:
 
             def handle_exit(self, sig: int, frame: FrameType | None) -> None:
                 super().handle_exit(sig, frame)
-                hub.end()
+                hub.begin_close()
 
             async def startup(self, sockets: list[socket.socket] | None = None) -> None:
                 await super().startup(sockets)
@@ -138,7 +142,7 @@ def serve(place: Place) -> int:
                     where = link if settings.BABL_AUTH == "local" else link.address
                     print(f"Babl is at {where}  (Ctrl-C ends it)", flush=True)
 
-        allow_many()
+        raise_file_limit()
         config = uvicorn.Config(
             Application(open_hub, hub.close),
             http=Connection,
@@ -156,12 +160,12 @@ def serve(place: Place) -> int:
 
 
 def add_user(name: str, password: str, data: Path | None = None) -> None:
-    """The user can log in with this password alone: keys of the API and logins of before let nobody in any more.
+    """Creates a user or sets its password; revokes its API keys and ends its sessions.
 
     Raises:
         UserError: The password is too short.
     """
-    prepare(Place(data=data))
+    prepare(ServerOptions(data=data))
     from django.contrib.auth.password_validation import validate_password
     from django.core.exceptions import ValidationError
 
@@ -175,19 +179,23 @@ def add_user(name: str, password: str, data: Path | None = None) -> None:
 
 
 def remove_user(name: str, data: Path | None = None) -> int:
-    """Returns how many conversations are gone with the user, and all else that was theirs.
+    """Deletes a user and everything of theirs; returns the number of conversations.
 
     Raises:
         UserError: There is no such user.
     """
-    prepare(Place(data=data))
+    prepare(ServerOptions(data=data))
     from babl.web.chat.accounts import remove_user as remove
 
     return remove(name)
 
 
 def _check_address(host: str) -> None:
-    """Nobody but this machine's users can reach the address, or whoever does must log in."""
+    """Checks that only users of this machine can reach the address, or that login is required.
+
+    Raises:
+        UserError: Others could reach it without login, or it is not an address.
+    """
     try:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -200,25 +208,30 @@ def _check_address(host: str) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    """Returns a listening socket.
+
+    Raises:
+        UserError: The port is out of bounds or in use, or the address is not this machine's.
+    """
     if not 0 <= port < 2**16:
         raise UserError(f"--port is {port}, expected 0 to 65535")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        # Only of a socket that names TCP does asyncio turn off Nagle's algorithm, which holds text back for 40 ms.
+        # asyncio turns off Nagle's algorithm, which delays text by 40 ms, only for a socket that names TCP.
         listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
-        listening.listen()  # two servers may both be bound, but only one of them gets further
+        listening.listen()  # two servers may both bind, but only one can listen
     except OSError as error:
         raise UserError(f"--port: {host}:{port} cannot be listened at ({error.strerror}); choose another one") from None
     return listening
 
 
-def _private(data: Path | None) -> Path:
-    """Returns the data folder, in which nobody else can read or write: it is made, or mended.
+def _private_folder(data: Path | None) -> Path:
+    """Creates the data folder, or makes it private to its owner; returns it.
 
     Raises:
-        UserError: It cannot be.
+        UserError: It cannot be created or made private.
     """
     folder = data or Path(os.environ.get("BABL_DATA") or os.environ.get("BABL_HOME") or Path.home() / ".babl")
     folder = folder.absolute()
@@ -229,7 +242,7 @@ def _private(data: Path | None) -> Path:
         for path in (folder, *(each for name in SECRETS for each in folder.glob(name))):
             if path.stat().st_mode & 0o077:
                 path.chmod(0o700 if path == folder else 0o600)
-            if path.stat().st_mode & 0o077:  # as on a disk that keeps no permissions
+            if path.stat().st_mode & 0o077:  # as on a disk without permissions
                 raise UserError(
                     f"--data: others can read {path}, and this disk cannot forbid it; choose another folder"
                 )
@@ -239,11 +252,11 @@ def _private(data: Path | None) -> Path:
     return folder
 
 
-def _only_one(folder: Path) -> IO[str]:
-    """Returns a file that is locked while it is open: two servers would each take the other's answers for lost ones.
+def _lock_folder(folder: Path) -> IO[str]:
+    """Locks the data folder while the returned file is open: each of two servers would mark the other's answers lost.
 
     Raises:
-        UserError: It is locked already, or cannot be written.
+        UserError: Another server has locked it, or it cannot be written.
     """
     try:
         (folder / "serve.lock").touch(0o600)

@@ -1,16 +1,16 @@
-"""Django's settings, all of them from the environment that `babl serve` prepares.
+"""Django's settings, from the environment that `babl serve` prepares.
 
 BABL_DATA       folder of the database and the secret key; default `BABL_HOME`, else ~/.babl
 BABL_MODELS     folders of models, separated by `os.pathsep`; default the engine's own choice
-BABL_AUTH       `local` (one user, let in by the link `babl serve` prints) or `login` (names and passwords)
-BABL_SCRIPTED   1: no model answers, but what `babl.web.engine.scripted` reads in the questions; for tests
-DATABASE_URL    another database than the embedded one: postgres://user@host/name
-SECRET_KEY      signs sessions; default one made once and kept in the data folder
-ALLOWED_HOSTS   names the server answers to, separated by commas; default the loopback ones
+BABL_AUTH       `local` (one user, who logs in by the link that `babl serve` prints) or `login` (names and passwords)
+BABL_SCRIPTED   1: answers come from `babl.web.engine.scripted`, not from models; for tests
+DATABASE_URL    a database instead of the embedded one: postgres://user@host/name
+SECRET_KEY      signs sessions; default one that is created once in the data folder
+ALLOWED_HOSTS   host names of the server, separated by commas; default the loopback ones
 
 Behind a proxy that speaks HTTPS, BABL_HTTPS=1 keeps cookies off plain HTTP, BABL_TRUSTED_PROXIES names the addresses
 whose X-Forwarded-For is believed, and CSRF_TRUSTED_ORIGINS the origins of the pages, such as https://babl.example.org.
-BABL_QUESTIONS_PER_MINUTE limits each user; default 60 with `login`, and nothing but the engine with `local`.
+BABL_QUESTIONS_PER_MINUTE limits each user; default 60 with `login`, no limit with `local`.
 """
 
 import hashlib
@@ -32,10 +32,10 @@ BABL_SCRIPTED = os.environ.get("BABL_SCRIPTED") == "1"
 
 
 def _secret_key() -> str:
-    """Returns the key of this data folder, made at the first call; a copy of it in another folder would sign alike.
+    """Returns the secret key of this data folder, which is created at the first call.
 
     Raises:
-        UserError: The file holds something else.
+        UserError: The file does not hold a key.
     """
     file, aside = BABL_DATA / "secret-key", BABL_DATA / f"secret-key.{os.getpid()}"
     BABL_DATA.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -45,7 +45,7 @@ def _secret_key() -> str:
                 new.write(secrets.token_urlsafe(48))
                 new.flush()
                 os.fsync(new.fileno())
-            aside.rename(file)  # whole, or not at all: the disk may be full
+            aside.rename(file)  # complete, or not at all: the disk may be full
         finally:
             aside.unlink(missing_ok=True)
     key = file.read_bytes()
@@ -58,8 +58,8 @@ def _secret_key() -> str:
 
 
 def _database(url: str) -> dict[str, Any]:
-    """Returns what Django is told of a PostgreSQL database."""
-    expected = "expected postgres://USER:PASSWORD@HOST:PORT/NAME"  # the value itself may have a password in it
+    """Returns Django's settings of a PostgreSQL database."""
+    expected = "expected postgres://USER:PASSWORD@HOST:PORT/NAME"  # the value itself may contain a password
     if not url.startswith(("postgres://", "postgresql://")):
         raise UserError(f"DATABASE_URL begins with {url.partition(':')[0][:20]!r}, {expected}")
     try:
@@ -72,7 +72,7 @@ def _database(url: str) -> dict[str, Any]:
 
 
 def _questions_per_minute() -> int | None:
-    """Returns how many questions a user may ask a minute; None is as many as the engine takes."""
+    """Returns the questions that a user may ask a minute; None for no limit."""
     text = os.environ.get("BABL_QUESTIONS_PER_MINUTE")
     if not text:
         return None if BABL_AUTH == "local" else 60
@@ -82,7 +82,7 @@ def _questions_per_minute() -> int | None:
 
 
 def _trusted_proxies() -> list[str]:
-    """Returns the addresses and networks whose word on a client's address is taken."""
+    """Returns the addresses and networks whose X-Forwarded-For is trusted."""
     found = [each.strip() for each in os.environ.get("BABL_TRUSTED_PROXIES", "").split(",") if each.strip()]
     for each in found:
         try:
@@ -129,7 +129,7 @@ TEMPLATES = [
 DATABASES: dict[str, Any] = {}
 if os.environ.get("DATABASE_URL"):
     DATABASES["default"] = _database(os.environ["DATABASE_URL"])
-    DATABASES["default"]["CONN_HEALTH_CHECKS"] = True  # the database may have been started anew
+    DATABASES["default"]["CONN_HEALTH_CHECKS"] = True  # the database may have been restarted
     DATABASES["default"]["OPTIONS"] = DATABASES["default"].get("OPTIONS", {}) | {
         "pool": {"min_size": 1, "max_size": 10, "timeout": 20},
         "options": "-c statement_timeout=30000",
@@ -139,7 +139,7 @@ else:
         "ENGINE": "django.db.backends.sqlite3",
         "NAME": BABL_DATA / "babl.sqlite3",
         "OPTIONS": {
-            "transaction_mode": "IMMEDIATE",  # a transaction that reads first can then not fail where it writes
+            "transaction_mode": "IMMEDIATE",  # a transaction that reads first cannot fail later when it writes
             "timeout": 20,
             # FULL: a committed question survives a power cut. Only the writer (chat/database.py) checkpoints.
             "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA wal_autocheckpoint=0;"
@@ -154,14 +154,14 @@ USE_I18N = False
 
 STATIC_URL = "/static/"
 LOGIN_URL = "/login/"
-# Browsers send cookies to every port of a host: those of two servers must not have one name.
+# Browsers send cookies to every port of a host, so two servers must not use the same names.
 _OWN = hashlib.sha256(f"cookies of {SECRET_KEY}".encode()).hexdigest()[:12]
 SESSION_COOKIE_NAME = f"babl_session_{_OWN}"
 SESSION_COOKIE_AGE = 90 * 24 * 3600
 SESSION_COOKIE_SAMESITE = "Lax"
 SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = os.environ.get("BABL_HTTPS") == "1"
 CSRF_COOKIE_NAME = f"babl_csrf_{_OWN}"
-CSRF_COOKIE_HTTPONLY = True  # pages carry the token themselves, for the header X-CSRFToken
+CSRF_COOKIE_HTTPONLY = True  # pages contain the token, for the header X-CSRFToken
 CSRF_FAILURE_VIEW = "babl.web.chat.views.accounts.csrf_failed"
 CSRF_TRUSTED_ORIGINS = [each for each in os.environ.get("CSRF_TRUSTED_ORIGINS", "").split(",") if each]
 AUTH_PASSWORD_VALIDATORS = [{"NAME": "django.contrib.auth.password_validation.MinimumLengthValidator"}]
@@ -171,12 +171,12 @@ PASSAGE_CHARACTERS = 1_000_000
 UPLOAD_BYTES = 64 * 2**20  # of an import or a question set
 LOGIN_BYTES = 16 * 2**10  # of a name and a password
 DATA_UPLOAD_MAX_MEMORY_SIZE = UPLOAD_BYTES
-FILE_UPLOAD_MAX_MEMORY_SIZE = 2**20  # of a body that is still arriving; what is longer waits on the disk
+FILE_UPLOAD_MAX_MEMORY_SIZE = 2**20  # of a body in memory while it arrives; longer ones go to the disk
 TRUSTED_PROXIES = _trusted_proxies()
 QUESTIONS_PER_MINUTE = _questions_per_minute()  # of one user
 LOGINS_PER_MINUTE = 10  # of one address
 
-LOGGING = {  # requests are never logged with their bodies, and errors without their local variables
+LOGGING = {  # never with bodies of requests, or local variables of errors
     "version": 1,
     "disable_existing_loggers": False,
     "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s %(message)s"}},
@@ -185,6 +185,6 @@ LOGGING = {  # requests are never logged with their bodies, and errors without t
     "loggers": {
         "babl.web": {"level": "INFO"},
         "django.request": {"level": "ERROR"},
-        "django.security.DisallowedHost": {"level": "CRITICAL"},  # whoever asks is told; a traceback tells nobody else
+        "django.security.DisallowedHost": {"level": "CRITICAL"},  # the client is told; a traceback helps nobody
     },
 }

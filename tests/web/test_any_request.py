@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 SCHEMAS = """
 import json, sys, pathlib
-from babl.web.serve import Place, prepare
-prepare(Place(data=pathlib.Path(sys.argv[1])))
+from babl.web.serve import ServerOptions, prepare
+prepare(ServerOptions(data=pathlib.Path(sys.argv[1])))
 import msgspec
 from babl.web.chat import engine_requests, openai, services
 from babl.web.chat.exchange.format import File

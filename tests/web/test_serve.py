@@ -201,8 +201,8 @@ def test_a_short_password_is_refused(tmp_path):
 
 def test_models_and_migrations_agree(tmp_path):
     code = (
-        "from babl.web.serve import Place, prepare\nfrom pathlib import Path\nimport sys\n"
-        "prepare(Place(data=Path(sys.argv[1])))\nfrom django.core.management import call_command\n"
+        "from babl.web.serve import ServerOptions, prepare\nfrom pathlib import Path\nimport sys\n"
+        "prepare(ServerOptions(data=Path(sys.argv[1])))\nfrom django.core.management import call_command\n"
         "call_command('makemigrations', check=True, dry_run=True)\ncall_command('check', fail_level='WARNING')"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

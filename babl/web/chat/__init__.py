@@ -1,1 +1,1 @@
-"""Conversations, passages, answers and what people say about them: the one Django app."""
+"""The Django app: conversations, passages, answers and feedback."""

@@ -1,4 +1,4 @@
-"""Who comes in, and how often: the one-time link, API keys, rate limits."""
+"""Access control: the one-time login link, API keys, and rate limits."""
 
 import secrets
 import time
@@ -11,11 +11,11 @@ from django.conf import settings
 from babl.web.chat.accounts import key_hash
 from babl.web.chat.models import ApiKey
 
-KEPT = 10_000  # buckets of a limiter
+MAX_BUCKETS = 10_000  # of a limiter
 
 
 class Link:
-    """The link that lets the user of a server without login in, once; using it makes the next one."""
+    """The one-time link that logs in the user of a server without login; using it makes a new one."""
 
     def __init__(self) -> None:
         self._token = secrets.token_urlsafe(24)
@@ -25,7 +25,7 @@ class Link:
         return f"{self.address}/login/?token={self._token}"
 
     def use(self, token: str) -> bool:
-        """Returns whether the token is this link's; it is then spent."""
+        """Returns whether the token is valid, and replaces it if so."""
         right = secrets.compare_digest(token.encode(), self._token.encode())
         if right:
             self._token = secrets.token_urlsafe(24)
@@ -36,7 +36,7 @@ link = Link()
 
 
 def key_owner(header: str) -> Any | None:
-    """Returns the user whose key an Authorization header bears, or None."""
+    """Returns the owner of the API key in an Authorization header, or None."""
     scheme, _, key = header.partition(" ")
     if scheme.lower() != "bearer" or not key:
         return None
@@ -45,18 +45,18 @@ def key_owner(header: str) -> Any | None:
 
 
 class Limiter:
-    """A bucket of tokens for each key, which fills evenly; those used last are kept, `KEPT` of them.
+    """A token-bucket rate limiter with a bucket for each key; the `MAX_BUCKETS` used last are kept.
 
     Args:
-        per_minute: Tokens that a bucket holds, and gets in a minute; None for no limit.
+        per_minute: Tokens that a bucket holds, and is refilled with in a minute; None for no limit.
     """
 
     def __init__(self, per_minute: int | None):
         self._per_second, self._most = (per_minute or 0) / 60, float(per_minute or 0)
-        self._buckets: OrderedDict[bytes, tuple[float, float]] = OrderedDict()  # hash of a key -> tokens at a time
+        self._buckets: OrderedDict[bytes, tuple[float, float]] = OrderedDict()  # hash of a key -> tokens, and when
 
     def wait(self, key: str) -> float:
-        """Returns 0 and takes a token, or returns the seconds until there is one."""
+        """Takes a token and returns 0, or returns the seconds until there is one."""
         if not self._most:
             return 0.0
         now, hashed = time.monotonic(), sha256(key.encode(errors="surrogatepass")).digest()
@@ -66,19 +66,19 @@ class Limiter:
             return (1 - tokens) / self._per_second
         self._buckets[hashed] = (tokens - 1, now)
         self._buckets.move_to_end(hashed)
-        if len(self._buckets) > KEPT:
+        if len(self._buckets) > MAX_BUCKETS:
             self._buckets.popitem(last=False)
         return 0.0
 
 
 questions = Limiter(settings.QUESTIONS_PER_MINUTE)
 addresses = Limiter(settings.LOGINS_PER_MINUTE)
-names = Limiter(10 * settings.LOGINS_PER_MINUTE)  # one address, which gets fewer, cannot lock out a name
+names = Limiter(10 * settings.LOGINS_PER_MINUTE)  # more than an address, so that one address cannot lock out a name
 
 
 def wait_to_log_in(name: str, address: str) -> float:
-    """Returns 0 and counts an attempt, or returns the seconds until the address may try this name.
+    """Counts an attempt to log in and returns 0, or returns the seconds until the next one is allowed.
 
-    The address comes first: whom it refuses takes nothing from the name.
+    The address is checked first: attempts that it refuses do not count for the name.
     """
     return addresses.wait(address) or names.wait(name)

@@ -1,10 +1,10 @@
-"""The app's name for Django."""
+"""The Django app."""
 
 from django.apps import AppConfig
 
 
 class ChatConfig(AppConfig):
-    """Found by Django in INSTALLED_APPS."""
+    """The configuration that Django finds by INSTALLED_APPS."""
 
     name = "babl.web.chat"
     label = "chat"

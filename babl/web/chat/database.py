@@ -1,7 +1,7 @@
-"""The one thread that writes.
+"""The writer: one thread that makes every change of the database.
 
-Everything that changes the database runs here, one call after the other, on one connection: SQLite then never has to
-wait for a lock, only one connection moves its journal, and what two requests want is decided by who came first.
+Changes run one after the other on one connection, so SQLite never waits for a lock, only one connection checkpoints its
+journal, and of two requests the first one wins.
 """
 
 import asyncio
@@ -18,57 +18,56 @@ from django.dispatch import receiver
 
 P = ParamSpec("P")
 T = TypeVar("T")
-NAME = "babl-writer"
-CLAIM = 0x6261626C  # a number that stands for servers of Babl
-PAGES = 1000  # of the journal, before it is moved into the database
+WRITER = "babl-writer"
+LOCK = 0x6261626C  # PostgreSQL's advisory lock that a server of Babl holds
+CHECKPOINT_PAGES = 1000  # of the journal, before it is moved into the database
+LOCK_SECONDS = 5.0  # until PostgreSQL has noticed that the connection which held the lock is gone
 
-CLAIM_SECONDS = 5.0  # until PostgreSQL has noticed that the connection which had the claim is gone
-
-_writer = ThreadPoolExecutor(1, NAME)
-_claimed = False
+_writer = ThreadPoolExecutor(1, WRITER)
+_locked = False
 
 
 async def write(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Returns what a function of `services` returns, its changes committed; a cancelled caller does not stop it."""
+    """Runs a function on the writer's thread, to its end even if the caller is cancelled; returns its result."""
     call = partial(_on_connection, partial(function, *args, **kwargs))
     return await asyncio.get_running_loop().run_in_executor(_writer, call)
 
 
 def _on_connection(function: Callable[[], T]) -> T:
-    connection.close_if_unusable_or_obsolete()  # a server may have hung up in the last call
+    connection.close_if_unusable_or_obsolete()  # the server may have closed it since the last call
     return function()
 
 
-def claim() -> bool:
-    """Returns whether no other server has this database, as far as PostgreSQL knows; then it is the caller's.
+def lock() -> bool:
+    """Locks the database for this server; returns whether no other server had it.
 
-    Called on the writer's thread, whose connection keeps the claim, and takes it again where it had to be made anew.
-    Two servers that share an embedded database share its folder, which `babl.web.serve` sees to.
+    Called on the writer's thread, whose connection holds PostgreSQL's lock, and takes it again when it reconnects. An
+    embedded database is locked by its folder (`babl.web.serve`).
     """
-    global _claimed
-    _claimed = connection.vendor != "postgresql" or _take(connection)
-    return _claimed
+    global _locked
+    _locked = connection.vendor != "postgresql" or _try_lock(connection)
+    return _locked
 
 
-def _take(connection: Any) -> bool:
+def _try_lock(connection: Any) -> bool:
     with connection.cursor() as cursor:
-        cursor.execute("SELECT pg_try_advisory_lock(%s)", [CLAIM])
+        cursor.execute("SELECT pg_try_advisory_lock(%s)", [LOCK])
         return cursor.fetchone()[0]
 
 
 @receiver(connection_created)
-def _keep_the_writers(connection: Any, **_: Any) -> None:
-    """The writer's connection stays open, and is the one that moves SQLite's journal into the database."""
-    if not threading.current_thread().name.startswith(NAME):
+def _set_up_writer(connection: Any, **_: Any) -> None:
+    """Keeps the writer's connection open, and lets it alone checkpoint SQLite's journal."""
+    if not threading.current_thread().name.startswith(WRITER):
         return
     connection.close_at = None
-    if _claimed and connection.vendor == "postgresql":
-        deadline = time.monotonic() + CLAIM_SECONDS
-        while not _take(connection):
+    if _locked and connection.vendor == "postgresql":
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not _try_lock(connection):
             if time.monotonic() > deadline:
                 connection.close()
                 raise OperationalError("another server has taken this database")
             time.sleep(0.1)
     if connection.vendor == "sqlite":
         with connection.cursor() as cursor:
-            cursor.execute(f"PRAGMA wal_autocheckpoint={PAGES}")
+            cursor.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")

@@ -1,8 +1,8 @@
-"""Answers on their way: they belong to the server, not to the response that shows them.
+"""Answers that are being written: they belong to the server, not to the response that streams them.
 
-Each has one task that listens to the engine. Whoever wants to see it, in however many tabs, reads the text that is
-there from the place it knows, and is woken when there is more; nobody holds up another. What has changed is saved twice
-a second, and the last of it before anybody is told that the answer is done.
+Each has one task that reads the engine's events. Any number of streams read its text from where each of them is, and
+are woken when there is more; none holds up another. Changes are saved twice a second, and the end of an answer before
+any stream is told that it is done.
 """
 
 import asyncio
@@ -27,26 +27,26 @@ from babl.web.engine.client import EngineClient, EngineError
 from babl.web.engine.protocol import Delta, Done, Event, Failed, Loading, QARequest, Queued, Reading, Request, Settings
 
 SAVE_SECONDS = 0.5
-RETRY_SECONDS = 1.0  # after a save that failed
-FIRST_WORD_SECONDS = 2.0  # the engine takes to say that it is full
-UNREADABLE = "prompt"  # the failure of a question that is too long for its model
-SET_AT_ONCE = 8  # questions of a set that the engine has at once
+RETRY_SECONDS = 1.0  # after a failed save
+FIRST_EVENT_SECONDS = 2.0  # for the engine to say that it is full
+TOO_LONG = "prompt"  # the failure of a question that does not fit its model
+RUN_BATCH = 8  # questions of a set that are asked at once
 T = TypeVar("T")
 log = logging.getLogger("babl.web")
 
 
 @dataclass(eq=False)
-class Running:
-    """One answer on its way.
+class RunningAnswer:
+    """An answer that is being written.
 
     Attributes:
-        request: What the engine was asked.
+        request: To the engine.
         text: Written so far.
         tokens: Of the text.
-        state: What a status line tells: status, and position, prompt_tokens, windows, cut_tokens where known.
-        saved: Whether the last attempt to store it went well.
+        state: For the status line: status, and position, prompt_tokens, windows, cut_tokens where known.
+        saved: Whether the last save succeeded.
         failure: Why the engine gave no answer.
-        watchers: Set when anything here changes.
+        watchers: Events of streams, set when anything here changes.
     """
 
     request: Request
@@ -56,24 +56,24 @@ class Running:
     saved: bool = True
     failure: Failed | None = None
     watchers: set[asyncio.Event] = field(default_factory=set)
-    heard: asyncio.Event = field(default_factory=asyncio.Event)  # the engine has said something
-    over: asyncio.Event = field(default_factory=asyncio.Event)  # it has ended and is stored
-    facts: dict[str, Any] = field(default_factory=lambda: {"status": Status.QUEUED})  # columns of Generation
+    first_event: asyncio.Event = field(default_factory=asyncio.Event)  # set at the first event of the engine
+    finished: asyncio.Event = field(default_factory=asyncio.Event)  # set once it has ended and is stored
+    columns: dict[str, Any] = field(default_factory=lambda: {"status": Status.QUEUED})  # of Generation
     changed: bool = False  # since it was last saved
-    begun: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)
 
     @property
     def id(self) -> str:
         """The id of the answer's message."""
         return self.request.id
 
-    def tell(self) -> None:
-        """Everybody who watches looks again."""
+    def notify(self) -> None:
+        """Wakes every stream."""
         for watcher in self.watchers:
             watcher.set()
 
-    def take(self, event: Event) -> None:
-        """What the engine says is noted."""
+    def handle(self, event: Event) -> None:
+        """Updates the answer by an event of the engine."""
         self.changed = True
         match event:
             case Queued(position=position):
@@ -82,11 +82,11 @@ class Running:
                 self.state = {"status": "loading"}
             case Reading():
                 self.state = {"status": "reading", **_columns(event)}
-                self.facts |= {"status": Status.RUNNING, **_columns(event)}
+                self.columns |= {"status": Status.RUNNING, **_columns(event)}
             case Delta(text=text, tokens=tokens):
                 if not self.text:
-                    self.facts |= {"status": Status.RUNNING, "first_seconds": time.monotonic() - self.begun}
-                    FIRST_TEXT.observe(self.facts["first_seconds"])
+                    self.columns |= {"status": Status.RUNNING, "first_seconds": time.monotonic() - self.started}
+                    FIRST_TEXT.observe(self.columns["first_seconds"])
                     self.state = self.state | {"status": "answering"}
                     self.state.pop("position", None)
                 self.text += text
@@ -94,18 +94,18 @@ class Running:
             case Done():
                 self.text = event.text
                 start, end = event.span or (None, None)
-                self.facts |= _columns(event) | {"span_start": start, "span_end": end}
-                self.facts["status"] = Status.STOPPED if event.finish == "cancelled" else Status.DONE
+                self.columns |= _columns(event) | {"span_start": start, "span_end": end}
+                self.columns["status"] = Status.STOPPED if event.finish == "cancelled" else Status.DONE
                 TOKENS.inc(event.tokens)
             case Failed(code=code, message=message):
                 self.failure = event
-                # The engine broke down: what it wrote stays, as after any crash.
+                # After a crash of the engine, what it wrote stays.
                 status = Status.INTERRUPTED if code == "engine" else Status.ERROR
-                self.facts |= {"status": status, "error": code, "error_message": message}
-                if code == "broken":  # nothing that such a model wrote is an answer
+                self.columns |= {"status": status, "error": code, "error_message": message}
+                if code == "broken":  # what such a model wrote is no answer
                     self.text = ""
-        self.heard.set()
-        self.tell()
+        self.first_event.set()
+        self.notify()
 
 
 def _columns(event: Reading | Done) -> dict[str, Any]:
@@ -114,64 +114,64 @@ def _columns(event: Reading | Done) -> dict[str, Any]:
 
 
 class Hub:
-    """All that is going on.
+    """All answers that are being written, and the runs of question sets.
 
     Attributes:
-        engine: Answers.
-        closing: Set once the server ends, so that streams do.
+        engine: Writes the answers.
+        closing: Set when the server shuts down, which ends streams.
     """
 
     engine: EngineClient
 
     def __init__(self) -> None:
         self.closing = asyncio.Event()
-        self._running: dict[str, Running] = {}
+        self._running: dict[str, RunningAnswer] = {}
         self._sets: dict[UUID, asyncio.Task] = {}
         self._tasks: set[asyncio.Task] = set()
         self._open = False
 
     @property
     def saved(self) -> bool:
-        """Whether everything that should be stored is, as far as is known."""
+        """Whether every answer's last save succeeded."""
         return all(running.saved for running in self._running.values())
 
     @property
     def is_open(self) -> bool:
-        """Whether questions are taken."""
+        """Whether questions are accepted."""
         return self._open and not self.closing.is_set()
 
     async def open(self, engine: EngineClient) -> None:
-        """What an earlier process left unfinished is marked; from now on, questions are taken."""
+        """Marks what an earlier process left unfinished, starts the engine, and accepts questions from now on."""
         self.engine = engine
         left = await write(services.interrupt_all)
         await write(services.tidy)
         if left:
             log.warning("%d answers of an earlier process are marked interrupted", left)
         self._open = True
-        self.spawn(self._save_now_and_then())
-        self.spawn(self._start())
+        self.spawn(self._save_regularly())
+        self.spawn(self._start_engine())
 
-    async def _start(self) -> None:
-        """The engine is ready, or the log says why not; questions wait for it, or are told."""
+    async def _start_engine(self) -> None:
+        """Starts the engine, or logs why it cannot be started."""
         try:
             await self.engine.start()
         except EngineError as error:
             log.error("%s", error)
 
-    def end(self) -> None:
-        """No question is taken any more, and every stream is told to come again."""
+    def begin_close(self) -> None:
+        """Refuses further questions, and tells every stream to reconnect."""
         self.closing.set()
         for running in self._running.values():
-            running.tell()
+            running.notify()
 
     async def close(self) -> None:
-        """Every answer is stored as far as it came, and the engine has ended."""
-        self.end()
+        """Stores every answer as far as it is written, and ends the engine."""
+        self.begin_close()
         self._open = False
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        rows = [(running.id, running.text, dict(running.facts)) for running in self._running.values()]
+        rows = [(running.id, running.text, dict(running.columns)) for running in self._running.values()]
         try:
             await write(services.save_progress, rows)
             await write(services.interrupt_all)
@@ -180,120 +180,122 @@ class Hub:
         await self.engine.stop()
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task:
-        """Returns a task of its own: it has nothing of the request that began it, and outlives it."""
+        """Starts a task that outlives the request, and has nothing of its context."""
         task = asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def lasting(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Returns what the coroutine returns, which goes on where the caller is cancelled."""
+    async def detached(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Awaits a coroutine that goes on if the caller is cancelled."""
         return await asyncio.shield(self.spawn(coroutine))
 
-    def get(self, id: str) -> Running | None:
-        """Returns the answer of that id if it is on its way; the caller has made sure whose it is."""
+    def get(self, id: str) -> RunningAnswer | None:
+        """Returns the answer with this id if it is being written; the caller has checked its owner."""
         return self._running.get(id)
 
-    async def ask(self, service: Callable[..., services.Asked], *args: Any) -> tuple[services.Asked, list[Running]]:
-        """Returns what a service has stored, its answers on their way, even where the client has left meanwhile."""
+    async def ask(
+        self, service: Callable[..., services.Asked], *args: Any
+    ) -> tuple[services.Asked, list[RunningAnswer]]:
+        """Calls a service that stores a question, and starts its answers, even if the client leaves meanwhile."""
 
-        async def store_and_begin() -> tuple[services.Asked, list[Running]]:
+        async def store_and_start() -> tuple[services.Asked, list[RunningAnswer]]:
             asked = await write(service, *args)
-            return asked, [self._begin(request) for request in asked.requests]
+            return asked, [self._start_answer(request) for request in asked.requests]
 
-        return await self.lasting(store_and_begin())
+        return await self.detached(store_and_start())
 
-    def _begin(self, request: Request) -> Running:
-        running = self._running[request.id] = Running(request)
+    def _start_answer(self, request: Request) -> RunningAnswer:
+        running = self._running[request.id] = RunningAnswer(request)
         self.spawn(self._listen(running))
         return running
 
-    async def refusal(self, begun: Sequence[Running]) -> Failed | None:
-        """Returns that the engine has no room for one of these, as soon as it has spoken of all of them.
+    async def refusal(self, started: Sequence[RunningAnswer]) -> Failed | None:
+        """Returns the engine's failure if it is too busy for one of these answers.
 
-        That they were refused is then stored.
+        Waits for the first event of each, and until those that were refused are stored.
         """
-        refused: list[Running] = []
+        refused: list[RunningAnswer] = []
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(FIRST_WORD_SECONDS):
-                for running in begun:
-                    await running.heard.wait()
-                refused = [running for running in begun if running.failure and running.failure.code == "busy"]
+            async with asyncio.timeout(FIRST_EVENT_SECONDS):
+                for running in started:
+                    await running.first_event.wait()
+                refused = [running for running in started if running.failure and running.failure.code == "busy"]
                 for running in refused:
-                    await running.over.wait()
+                    await running.finished.wait()
         return refused[0].failure if refused else None
 
     async def stop(self, id: str) -> bool:
-        """Returns whether the answer was on its way; it ends at the engine's next step."""
+        """Stops an answer at the engine's next step; returns whether it was being written."""
         if id not in self._running:
             return False
         await self.engine.cancel(id)
         return True
 
-    async def _listen(self, running: Running) -> None:
+    async def _listen(self, running: RunningAnswer) -> None:
         try:
             async for event in self.engine.submit(running.request):
-                running.take(event)
+                running.handle(event)
         except asyncio.CancelledError:
             raise
-        except Exception:  # a fault of ours must not leave an answer that never ends
+        except Exception:  # a bug must not leave an answer that never ends
             log.exception("an answer broke off")
-            running.take(Failed(running.id, "engine", "the answer broke off"))
+            running.handle(Failed(running.id, "engine", "the answer broke off"))
         await self._finish(running)
 
-    async def _finish(self, running: Running) -> None:
-        """The answer is stored, however long that takes, and then over."""
+    async def _finish(self, running: RunningAnswer) -> None:
+        """Stores an answer that has ended, and retries until that succeeds."""
         while True:
             try:
-                await write(services.finish, running.id, running.text, dict(running.facts))
+                await write(services.finish, running.id, running.text, dict(running.columns))
                 break
             except DatabaseError as error:
-                self._not_saved([running], error)
+                self._mark_unsaved([running], error)
                 await asyncio.sleep(RETRY_SECONDS)
-        ANSWERS.labels(running.facts["status"]).inc()
+        ANSWERS.labels(running.columns["status"]).inc()
         running.saved = True
-        running.over.set()
+        running.finished.set()
         del self._running[running.id]
-        running.tell()
+        running.notify()
 
-    async def _save_now_and_then(self) -> None:
+    async def _save_regularly(self) -> None:
         while True:
             await asyncio.sleep(SAVE_SECONDS)
-            changed = [r for r in self._running.values() if r.changed and r.facts["status"] in LIVE]
+            changed = [r for r in self._running.values() if r.changed and r.columns["status"] in LIVE]
             if not changed:
                 continue
             for running in changed:
                 running.changed = False
             try:
-                await write(services.save_progress, [(r.id, r.text, dict(r.facts)) for r in changed])
+                await write(services.save_progress, [(r.id, r.text, dict(r.columns)) for r in changed])
             except DatabaseError as error:
-                self._not_saved(changed, error)
+                self._mark_unsaved(changed, error)
             else:
                 for running in changed:
                     if not running.saved:
                         running.saved = True
-                        running.tell()
+                        running.notify()
 
-    def _not_saved(self, these: Collection[Running], error: DatabaseError) -> None:
+    def _mark_unsaved(self, answers: Collection[RunningAnswer], error: DatabaseError) -> None:
         UNSAVED.inc()
-        log.error("%d answers could not be stored (%s); trying again", len(these), type(error).__name__)
-        for running in these:
+        log.error("%d answers could not be stored (%s); trying again", len(answers), type(error).__name__)
+        for running in answers:
             running.saved, running.changed = False, True
-            running.tell()
+            running.notify()
 
     async def run_set(self, service: Callable[..., Run], *args: Any) -> Run:
-        """Returns the run of a question set that a service has stored, on its way."""
+        """Calls a service that stores a run of a question set, and starts it."""
 
-        async def store_and_begin() -> Run:
+        async def store_and_start() -> Run:
             run = await write(service, *args)
             task = self._sets[run.id] = self.spawn(self._answer_set(run))
             task.add_done_callback(lambda _: self._sets.pop(run.id, None))
             return run
 
-        return await self.lasting(store_and_begin())
+        return await self.detached(store_and_start())
 
     async def stop_set(self, id: UUID) -> None:
-        """The run is stopped, unless it has ended, and whether or not anybody works on it."""
+        """Stops a run, unless it has ended."""
         if task := self._sets.get(id):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -303,12 +305,12 @@ class Hub:
     async def _answer_set(self, run: Run) -> None:
         try:
             await self._answer_questions(run)
-        except Exception:  # a fault of ours must not leave a run that never ends
+        except Exception:  # a bug must not leave a run that never ends
             log.exception("a run of a question set broke off")
             await self._interrupt(run)
 
     async def _interrupt(self, run: Run) -> None:
-        """That the run broke off is stored, however long that takes where the disk is full."""
+        """Marks a run as interrupted, and retries until that succeeds; the disk may be full."""
         while True:
             try:
                 await write(question_sets.update_run, run.id, Status.INTERRUPTED)
@@ -319,11 +321,11 @@ class Hub:
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _answer_questions(self, run: Run) -> None:
-        """Asks what has no answer yet, a few at once, and stores the answers as they come."""
+        """Asks the questions without an answer, a few at once, and stores the answers."""
         questions, user = await sync_to_async(_remaining, thread_sensitive=False)(run)
         await write(question_sets.update_run, run.id, Status.RUNNING)
-        for at in range(0, len(questions), SET_AT_ONCE):
-            part = questions[at : at + SET_AT_ONCE]
+        for at in range(0, len(questions), RUN_BATCH):
+            part = questions[at : at + RUN_BATCH]
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._answer_one(run, question, user)) for question in part]
             ends = [task.result() for task in tasks]
@@ -333,7 +335,7 @@ class Hub:
                 if (answer := _run_answer(run, question, end)) is not None
             ]
             weights = next((end.weights for end in ends if isinstance(end, Done)), run.weights)
-            failed = next((end for end in ends if isinstance(end, Failed) and end.code != UNREADABLE), None)
+            failed = next((end for end in ends if isinstance(end, Failed) and end.code != TOO_LONG), None)
             if failed is not None:
                 facts = {"weights": weights, "error_message": failed.message}
                 await write(question_sets.update_run, run.id, Status.ERROR, answers, **facts)
@@ -346,13 +348,13 @@ class Hub:
         id = f"{run.id}/{question.id}"
         request = QARequest(id, run.model, question.text, context, Settings(max_new_tokens=64), user)
         while True:
-            end = await self.end_of(request)
+            end = await self.last_event(request)
             if not (isinstance(end, Failed) and end.code == "busy"):
                 return end
             await asyncio.sleep(end.retry_after or RETRY_SECONDS)
 
-    async def end_of(self, request: Request) -> Done | Failed:
-        """Returns the last event of a request that nobody watches; it is cancelled where the caller is."""
+    async def last_event(self, request: Request) -> Done | Failed:
+        """Submits a request that nobody streams; returns its last event."""
         end: Done | Failed = Failed(request.id, "engine", "the engine gave no answer")
         async with contextlib.aclosing(self.engine.submit(request)) as events:
             async for event in events:
@@ -369,8 +371,8 @@ def _remaining(run: Run) -> tuple[list[Question], str]:
 
 
 def _run_answer(run: Run, question: Question, end: Done | Failed) -> RunAnswer | None:
-    """Returns what is stored of an answer; one that broke off is asked anew when the run goes on."""
-    if isinstance(end, Failed) and end.code != UNREADABLE:
+    """Returns the row of an answer; None if it broke off, to be asked again when the run is resumed."""
+    if isinstance(end, Failed) and end.code != TOO_LONG:
         return None
     text, probability, skipped = (end.text, end.probability, "") if isinstance(end, Done) else ("", None, end.message)
     scores = score(text, [answer["text"] for answer in question.answers])
@@ -379,4 +381,4 @@ def _run_answer(run: Run, question: Question, end: Done | Failed) -> RunAnswer |
 
 
 hub = Hub()
-"""Of this process; `babl.web.asgi` opens it when the server starts."""
+"""Of this process; `babl.web.serve` opens it when the server starts."""

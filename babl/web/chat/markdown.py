@@ -1,7 +1,7 @@
-"""Markdown as HTML that is safe whoever wrote it; as a program, a worker that the kernel ends where a text takes long.
+"""Renders untrusted Markdown as safe HTML; as a program, a worker that the kernel kills if a text takes too long.
 
-The worker reads a JSON string a line and answers each with a line: the HTML, or null where the text cannot be rendered.
-A regular expression holds Python's lock until it is done, so no timer of Python's own could end it.
+The worker reads a JSON string a line and answers with a line: the HTML, or null if the text cannot be rendered. A
+regular expression holds Python's lock until it is done, so no timer in Python could end it.
 """
 
 import json
@@ -18,7 +18,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 
 CPU_SECONDS = 0.25  # for one text
-LONGEST_HTML = 200_000  # characters
+MAX_HTML = 200_000  # characters
 
 TAGS = {
     "a", "p", "br", "hr", "em", "strong", "s", "del", "code", "pre", "blockquote", "ul", "ol", "li",
@@ -34,29 +34,28 @@ _ALIGNED = {"text-align:left": "left", "text-align:center": "center", "text-alig
 
 
 def _highlighted(code: str, language: str, _: str) -> str:
-    """Returns the code as HTML, or an empty string where it is to be shown as it is."""
+    """Returns highlighted code as HTML, or an empty string for an unknown language."""
     return highlight(code, get_lexer_by_name(language), _CODE) if language in LANGUAGES else ""
 
 
 _MARKDOWN = MarkdownIt("js-default", {"html": False, "linkify": False, "highlight": _highlighted})
-_MARKDOWN.disable("image")  # a picture would be fetched from a stranger
+_MARKDOWN.disable("image")  # an image would be fetched from a foreign server
 
 
 def _attribute(tag: str, name: str, value: str) -> str | None:
-    """Returns the attribute as it may stay, or None."""
+    """Returns the attribute's allowed value, or None."""
     if name == "class":
         return " ".join(each for each in value.split() if each.startswith(("hl-", "language-"))) or None
     return value
 
 
 def to_html(markdown: str) -> str:
-    """Returns the text as HTML: no script, style, picture, frame or form, and links that lead to http, https or mailto.
+    """Returns HTML without scripts, styles, images, frames or forms, and with links to http, https and mailto alone.
 
-    There are short texts that take for ever. What comes out of the Markdown is cleaned last, so that nothing before has
-    to be trusted.
+    Some short texts take for ever. The HTML is sanitized last, so that nothing before has to be trusted.
     """
     tokens: Sequence[Token] = _MARKDOWN.parse(markdown)
-    for token in tokens:  # a page without inline styles aligns cells by attribute
+    for token in tokens:  # inline styles are forbidden, so cells are aligned by attribute
         style = token.attrs.pop("style", None)
         if style in _ALIGNED:
             token.attrs["align"] = _ALIGNED[str(style)]
@@ -79,7 +78,7 @@ def to_html(markdown: str) -> str:
 
 
 def main() -> None:
-    """Answers until the input ends, or a text has taken `CPU_SECONDS`: SIGPROF then ends the process."""
+    """Renders texts until the input ends, or one has taken `CPU_SECONDS`: SIGPROF then kills the process."""
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         try:
@@ -87,7 +86,7 @@ def main() -> None:
         except (RecursionError, ValueError):  # too deep, or half a surrogate pair
             html = None
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(html if html is None or len(html) <= LONGEST_HTML else None), flush=True)
+        print(json.dumps(html if html is None or len(html) <= MAX_HTML else None), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What /metrics counts."""
+"""The metrics that /metrics exports."""
 
 from prometheus_client import Counter, Gauge, Histogram
 

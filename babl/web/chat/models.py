@@ -1,6 +1,6 @@
-"""The tables. A conversation is a tree of messages; what was said is never changed, edits and new answers are siblings.
+"""The tables. A conversation is a tree of messages, which never change: edits and new answers are siblings.
 
-All keys are UUIDs that sort by time, so that exports keep them and lists need no other order.
+All keys are UUIDs that sort by time, so that exports keep them and lists are in order.
 """
 
 import os
@@ -19,7 +19,7 @@ _last = 0
 
 
 def uuid7() -> uuid.UUID:
-    """Returns a new UUID, greater than those this process has made before. Ref: RFC 9562, sections 5.7 and 6.2."""
+    """Returns a new UUID, greater than all that this process has made before. Ref: RFC 9562, sections 5.7 and 6.2."""
     global _last
     with _lock:
         _last = max(time.time_ns() * 4096 // 1_000_000, _last + 1)  # milliseconds, and 12 bits of their fraction
@@ -29,7 +29,7 @@ def uuid7() -> uuid.UUID:
 
 
 class Passage(models.Model):
-    """A text that questions are about, stored once for each owner however often it is attached."""
+    """A text that questions are about, stored once for each owner."""
 
     id = models.UUIDField(primary_key=True, default=uuid7, editable=False)
     owner = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE, related_name="passages")
@@ -43,18 +43,18 @@ class Passage(models.Model):
 
 
 class Conversation(models.Model):
-    """A tree of messages with the settings of the next question."""
+    """A tree of messages, and the settings of the next question."""
 
     id = models.UUIDField(primary_key=True, default=uuid7, editable=False)
     owner = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE, related_name="conversations")
     title = models.CharField(max_length=200, blank=True)
     system_prompt = models.TextField(blank=True)
     model = models.CharField(max_length=200, blank=True)
-    settings = models.JSONField(default=dict, blank=True)  # of sampling; what is absent is the engine's default
+    settings = models.JSONField(default=dict, blank=True)  # of sampling; the engine's defaults where absent
     passage = models.ForeignKey(Passage, models.SET_NULL, null=True, blank=True, related_name="+")
     leaf = models.ForeignKey(
         "Message", models.SET_NULL, null=True, blank=True, related_name="+"
-    )  # end of what is shown
+    )  # end of the branch shown
     archived = models.DateTimeField(null=True, blank=True)
     deleted = models.DateTimeField(null=True, blank=True)  # in the trash since
     created = models.DateTimeField(default=timezone.now)
@@ -65,10 +65,10 @@ class Conversation(models.Model):
 
 
 class Message(models.Model):
-    """A question or an answer; of an answer still being written, what was saved of it so far."""
+    """A question, or an answer; one that is still being written has what was saved so far."""
 
     class Role(models.TextChoices):
-        """Who speaks."""
+        """Who wrote it."""
 
         USER = "user"
         ASSISTANT = "assistant"
@@ -78,11 +78,9 @@ class Message(models.Model):
     parent = models.ForeignKey("self", models.CASCADE, null=True, blank=True, related_name="children")
     role = models.CharField(max_length=9, choices=Role.choices)
     content = models.TextField(blank=True)
-    client_id = models.UUIDField(null=True, blank=True)  # of the request that made it: sent twice, made once
+    client_id = models.UUIDField(null=True, blank=True)  # of the request, so that one sent twice is stored once
     passage = models.ForeignKey(Passage, models.PROTECT, null=True, blank=True, related_name="questions")
-    golds = models.JSONField(
-        null=True, blank=True
-    )  # right answers of a question; [] where there is none, None: unknown
+    golds = models.JSONField(null=True, blank=True)  # right answers of a question; [] if it has none, None if unknown
     created = models.DateTimeField(default=timezone.now)
 
     class Meta:
@@ -94,7 +92,7 @@ class Message(models.Model):
 
 
 class Status(models.TextChoices):
-    """Where an answer, or a run of a question set, stands."""
+    """The status of an answer, or of a run of a question set."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -108,10 +106,10 @@ LIVE = (Status.QUEUED, Status.RUNNING)
 
 
 class Generation(models.Model):
-    """How an answer comes about: what the engine was asked, and what it told."""
+    """How an answer was generated: the request to the engine, and the engine's figures."""
 
     class Kind(models.TextChoices):
-        """What the engine is asked for."""
+        """The kind of request."""
 
         CHAT = "chat"
         QA = "qa"
@@ -151,13 +149,13 @@ GENERATION_COLUMNS = [field.name for field in Generation._meta.fields if not fie
 
 
 class Feedback(models.Model):
-    """What the user thinks of an answer, and what would have been right."""
+    """The user's feedback on an answer, and the right answer."""
 
     message = models.OneToOneField(Message, models.CASCADE, primary_key=True, related_name="feedback")
     good = models.BooleanField()
     right_start = models.IntegerField(null=True, blank=True)  # code points of the passage
     right_end = models.IntegerField(null=True, blank=True)
-    no_answer = models.BooleanField(default=False)  # right would have been that the passage does not tell
+    no_answer = models.BooleanField(default=False)  # the right answer is that the passage has none
     note = models.TextField(blank=True)
     updated = models.DateTimeField(default=timezone.now)
 
@@ -172,12 +170,12 @@ class Feedback(models.Model):
 
 
 class QuestionSet(models.Model):
-    """Questions of a SQuAD file."""
+    """The questions of a SQuAD file."""
 
     id = models.UUIDField(primary_key=True, default=uuid7, editable=False)
     owner = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE, related_name="question_sets")
     name = models.CharField(max_length=200)
-    sha256 = models.CharField(max_length=64)  # of the file: the same one is the same set
+    sha256 = models.CharField(max_length=64)  # of the file, which is imported once
     created = models.DateTimeField(default=timezone.now)
 
     class Meta:
@@ -215,9 +213,9 @@ class Run(models.Model):
 
 
 class RunAnswer(models.Model):
-    """The answer to one question in a run; scores are those of the official script, in [0, 1].
+    """The answer to one question in a run, with the official script's scores, in [0, 1].
 
-    A question that the model cannot read counts as answered with nothing, as in `babl evaluate`; `skipped` says why.
+    A question that does not fit the model counts as answered with nothing, as in `babl evaluate`; `skipped` says why.
     """
 
     run = models.ForeignKey(Run, models.CASCADE, related_name="answers")
@@ -233,7 +231,7 @@ class RunAnswer(models.Model):
 
 
 class ApiKey(models.Model):
-    """Lets a program in under /v1; the key itself is shown once and only its hash is kept."""
+    """A key for the API under /v1; only its hash is stored."""
 
     id = models.UUIDField(primary_key=True, default=uuid7, editable=False)
     owner = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE, related_name="api_keys")

@@ -1,4 +1,4 @@
-"""OpenAI's words: what its clients send, and what they are told."""
+"""The wire format of OpenAI's API: requests as its clients send them, and responses."""
 
 import itertools
 from collections.abc import Sequence
@@ -8,10 +8,19 @@ import msgspec
 
 from babl.errors import UserError
 from babl.web.chat.endpoint import ApiError
-from babl.web.engine.protocol import ChatRequest, CompletionRequest, Done, Message, Reading, Settings, TokenScore
+from babl.web.engine.protocol import (
+    BOUNDS,
+    ChatRequest,
+    CompletionRequest,
+    Done,
+    Message,
+    Reading,
+    Settings,
+    TokenScore,
+)
 
-# Parameters of OpenAI's that change what is answered and that a request here does not have: only the values, the first
-# of them OpenAI's own default, that change nothing are taken.
+# Parameters of OpenAI's that would change the answer and are not supported: accepted only with values that change
+# nothing, the first of which is OpenAI's default.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("echo", "logprobs"), (False,)),
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "top_logprobs"), (0,)),
@@ -23,30 +32,30 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
-# Those that change nothing about it.
+# Parameters that do not change the answer.
 IGNORED = frozenset(
     ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
 )
-MAX_LIKELIEST = 20  # tokens told beside each
-MAX_CHOICES = 32  # answers of one request
+MAX_LIKELIEST = 20  # tokens listed for each
+MAX_CHOICES = 32  # answers to one request
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
 
 
 def unsupported_parameter(name: str, message: str) -> ApiError:
-    """Returns what refuses a parameter by its name."""
+    """Returns the error for a parameter that is not supported."""
     return ApiError(400, "unsupported_parameter", message, param=name)
 
 
 class Part(msgspec.Struct):
-    """A piece of a message; only text is understood."""
+    """A part of a message; only text is supported."""
 
     type: str
     text: str = ""
 
 
 class ChatMessage(msgspec.Struct):
-    """A turn of a conversation as OpenAI words it."""
+    """A turn of a conversation."""
 
     role: str
     content: str | list[Part] | None = None
@@ -54,13 +63,13 @@ class ChatMessage(msgspec.Struct):
 
 
 class StreamOptions(msgspec.Struct):
-    """What a stream has besides."""
+    """Options of a stream."""
 
     include_usage: bool = False
 
 
 class Sampling(msgspec.Struct, kw_only=True):
-    """What all requests have."""
+    """The parameters that all requests share."""
 
     model: str
     max_tokens: int | None = None
@@ -76,28 +85,27 @@ class Sampling(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
 
     def settings(self) -> Settings:
-        """Returns what the engine is told."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        """Returns the sampling settings."""
+        given = {name: value for name in BOUNDS if (value := getattr(self, name, None)) is not None}
         longest = self.longest()
         given |= {} if longest is None else {"max_new_tokens": longest}
         given |= {"stop": [self.stop] if isinstance(self.stop, str) else self.stop} if self.stop else {}
-        # As elsewhere, -1 may stand for all tokens, and a seed be any integer of 64 bits.
+        # As in other servers, a top_k of -1 means all tokens, and a seed is any integer of 64 bits.
         given |= {"top_k": 0} if self.top_k == -1 else {}
         given |= {"seed": self.seed % 2**63} if self.seed is not None and -(2**63) <= self.seed < 0 else {}
         return msgspec.convert(given, Settings)
 
     def longest(self) -> int | None:
-        """Returns the most tokens to write, by the newer of two names."""
+        """Returns the most tokens to write, by the newer of the two names if both are given."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def likeliest(self) -> int | None:
-        """Returns how many of the likeliest tokens are told beside each token; None where no token is."""
+        """Returns how many of the likeliest tokens to list for each token; None to list no tokens."""
         return None
 
 
 class Chat(Sampling, kw_only=True):
-    """A request to /v1/chat/completions; `context`, a passage the last message is about, is ours."""
+    """A request to /v1/chat/completions; `context`, a passage that the last message is about, is our extension."""
 
     messages: list[ChatMessage]
     n: int | None = None
@@ -106,14 +114,14 @@ class Chat(Sampling, kw_only=True):
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LIKELIEST)] | None = None
 
     def requests(self, user: str) -> list[ChatRequest]:
-        """Returns what the engine is asked."""
+        """Returns the requests to the engine."""
         if not self.messages or self.messages[-1].role != "user":
             raise UserError("messages must end with one of the user")
         messages = [Message(_role(each), _text(each)) for each in self.messages]
         return [ChatRequest("", self.model, messages, self.settings(), self.context, user, self.likeliest())]
 
     def likeliest(self) -> int | None:
-        """Returns how many of the likeliest tokens are told beside each token; None where no token is."""
+        """Returns how many of the likeliest tokens to list for each token; None to list no tokens."""
         if self.top_logprobs and not self.logprobs:
             raise unsupported_parameter("top_logprobs", "top_logprobs is for logprobs: true")
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -128,7 +136,7 @@ class Completion(Sampling, kw_only=True):
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LIKELIEST)] | Literal[False] | None = None
 
     def prompts(self) -> list[str | list[int]]:
-        """Returns each of them."""
+        """Returns the prompts."""
         given = self.prompt
         if isinstance(given, str):
             return [given]
@@ -139,18 +147,18 @@ class Completion(Sampling, kw_only=True):
         return given  # type: ignore[return-value]
 
     def requests(self, user: str) -> list[CompletionRequest]:
-        """Returns what the engine is asked, a request for each prompt."""
+        """Returns the requests to the engine, one for each prompt."""
         settings, likeliest, echo = self.settings(), self.likeliest(), bool(self.echo)
         return [CompletionRequest("", self.model, each, settings, user, likeliest, echo) for each in self.prompts()]
 
     def settings(self) -> Settings:
-        """Returns what the engine is told; an echo may be asked for alone, of which it writes one token too many."""
+        """Returns the sampling settings; for an echo alone, the engine writes one token, which `choice` drops."""
         if self.echo and self.longest() == 0:
             return msgspec.structs.replace(self, max_tokens=1, max_completion_tokens=None).settings()
         return super().settings()
 
     def likeliest(self) -> int | None:
-        """Returns how many of the likeliest tokens are told beside each token; None where no token is."""
+        """Returns how many of the likeliest tokens to list for each token; None to list no tokens."""
         if self.logprobs is None or self.logprobs is False:
             return 0 if self.echo else None
         return self.logprobs
@@ -164,14 +172,14 @@ class QA(Sampling, kw_only=True):
 
 
 def variant(request: ChatRequest | CompletionRequest, id: str, number: int) -> ChatRequest | CompletionRequest:
-    """Returns the request for one of its answers, each of which draws by a seed of its own."""
+    """Returns the request for the answer of this number, each of which has a seed of its own."""
     settings = request.settings
     settings = msgspec.structs.replace(settings, seed=(settings.seed + number) % 2**63)
     return msgspec.structs.replace(request, id=id, settings=settings)
 
 
 def choice(index: int, asked: Chat | Completion, prompt: str | list[int] | None, end: Done) -> dict[str, Any]:
-    """Returns one of the answers, to the prompt where there is one."""
+    """Returns an answer as one of the choices of the response."""
     found: dict[str, Any] = {"index": index, "finish_reason": FINISH[end.finish], "logprobs": None}
     if isinstance(asked, Chat):
         found["message"] = {"role": "assistant", "content": end.text}
@@ -179,7 +187,7 @@ def choice(index: int, asked: Chat | Completion, prompt: str | list[int] | None,
             found["logprobs"] = {"content": [_chat_score(score) for score in end.scored], "refusal": None}
         return found
     scored, text = end.scored, end.text
-    if asked.longest() == 0:  # the one token that the engine writes all the same
+    if asked.longest() == 0:  # without the one token that the engine writes
         scored, text, found["finish_reason"] = scored[: len(scored) - end.tokens], "", "length"
     if asked.echo:
         read = end.scored[: len(end.scored) - end.tokens]
@@ -190,7 +198,7 @@ def choice(index: int, asked: Chat | Completion, prompt: str | list[int] | None,
 
 
 def _scores(scored: Sequence[TokenScore]) -> dict[str, list[Any]]:
-    """Returns the tokens in the words of /v1/completions; the offsets count the tokens' own texts."""
+    """Returns the `logprobs` of /v1/completions; offsets count the characters of the tokens' texts."""
     texts = [score.text for score in scored]
     return {
         "tokens": texts,
@@ -201,20 +209,20 @@ def _scores(scored: Sequence[TokenScore]) -> dict[str, list[Any]]:
 
 
 def _likeliest(score: TokenScore) -> dict[str, float]:
-    """Returns the likeliest tokens, and the token itself; of several of one text, the likeliest."""
+    """Returns the likeliest tokens and the token itself; of several with the same text, the likeliest."""
     assert score.log_prob is not None
     return dict(sorted([*score.likeliest, (score.text, score.log_prob)], key=lambda item: item[1]))
 
 
 def _chat_score(score: TokenScore) -> dict[str, Any]:
-    def told(text: str, log_prob: float | None) -> dict[str, Any]:
+    def token(text: str, log_prob: float | None) -> dict[str, Any]:
         return {"token": text, "logprob": log_prob, "bytes": list(text.encode())}
 
-    return told(score.text, score.log_prob) | {"top_logprobs": [told(*each) for each in score.likeliest]}
+    return token(score.text, score.log_prob) | {"top_logprobs": [token(*each) for each in score.likeliest]}
 
 
 def usage(ends: Sequence[tuple[Done, Reading]], number: int, asked: Sampling) -> dict[str, int]:
-    """Returns the tokens read and written, of several answers to one prompt the prompt's once."""
+    """Returns the tokens read and written; a prompt with several answers counts once."""
     prompt = sum(read.prompt_tokens for _, read in ends[::number])
     written = 0 if asked.longest() == 0 else sum(end.tokens for end, _ in ends)
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}

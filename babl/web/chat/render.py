@@ -1,7 +1,7 @@
-"""What pages show: Markdown as HTML, and places in texts as browsers count them.
+"""Rendering for pages: Markdown as HTML, and spans of texts in the browser's units.
 
-No text can stop the server, or make anybody wait for long: a worker process renders, which ends where a text takes
-longer than `markdown.CPU_SECONDS`. Such a text is shown as it is.
+No text can block the server: a worker process renders, and is killed if a text takes longer than
+`markdown.CPU_SECONDS`. Such a text is shown as plain text.
 """
 
 import json
@@ -11,40 +11,40 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
-LONGEST = 20_000  # characters of a text that is rendered
-KEPT = 256  # texts whose HTML is remembered
-DEATHS = 3  # of workers, until the other texts of a page are shown as they are
+MAX_CHARACTERS = 20_000  # of a text that is rendered
+MAX_CACHED = 256  # texts
+MAX_DEATHS = 3  # of workers, after which the other texts of a page stay plain
 
-_kept: OrderedDict[str, str | None] = OrderedDict()
+_cache: OrderedDict[str, str | None] = OrderedDict()
 _worker: subprocess.Popen[str] | None = None
-_lock = threading.Lock()  # held for one text, so that pages take turns
+_lock = threading.Lock()  # held for one text at a time, so that pages take turns
 
 
 def render(texts: Sequence[str]) -> list[str | None]:
-    """Returns the texts of a page, which are Markdown, as HTML that is safe (`markdown.to_html`).
+    """Renders the Markdown texts of a page as safe HTML (`markdown.to_html`).
 
-    None is a text that is to be shown as it is: it is too long, or it or others before it took too long.
+    None stands for a text to be shown as plain text: it is too long, or it or others before it took too long.
     """
     found: list[str | None] = []
     deaths = 0
     for text in texts:
         with _lock:
-            if text not in _kept and len(text) <= LONGEST and deaths < DEATHS:
-                html, alive = _rendered(text)
+            if text not in _cache and len(text) <= MAX_CHARACTERS and deaths < MAX_DEATHS:
+                html, alive = _render(text)
                 deaths += not alive
-                _kept[text] = html
-                if len(_kept) > KEPT:
-                    _kept.popitem(last=False)
-            found.append(_kept.get(text))
+                _cache[text] = html
+                if len(_cache) > MAX_CACHED:
+                    _cache.popitem(last=False)
+            found.append(_cache.get(text))
     return found
 
 
-def _rendered(text: str) -> tuple[str | None, bool]:
-    """Returns the HTML, and whether the worker has lived to tell it; the next text gets a new one otherwise."""
+def _render(text: str) -> tuple[str | None, bool]:
+    """Returns the HTML, and whether the worker is alive; if not, the next text gets a new one."""
     global _worker
     if _worker is None:
         command = [sys.executable, "-m", "babl.web.chat.markdown"]
-        _worker = subprocess.Popen(  # in a session of its own, so that Ctrl-C is not for it
+        _worker = subprocess.Popen(  # in its own session, so that Ctrl-C does not reach it
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
     assert _worker.stdin and _worker.stdout
@@ -61,7 +61,7 @@ def _rendered(text: str) -> tuple[str | None, bool]:
 
 
 def span_json(text: str, start: int | None, end: int | None) -> dict[str, int] | None:
-    """Returns a place in a text, in code points (Python) and in UTF-16 units (JavaScript)."""
+    """Returns a span of a text, in code points (Python) and in UTF-16 units (JavaScript)."""
     if start is None or end is None:
         return None
     start16 = len(text[:start].encode("utf-16-le")) // 2

@@ -31,13 +31,13 @@ CONVERSATIONS_PER_PAGE = 50
 def conversations(
     user: Any, kind: str = "active", before: tuple[datetime, UUID] | None = None, limit: int = CONVERSATIONS_PER_PAGE
 ) -> list[Conversation]:
-    """Returns a page of the user's conversations, those changed last first.
+    """Returns a page of the user's conversations, the latest changed first.
 
     Args:
         user: Owner.
         kind: "active", "archived" or "trash".
-        before: `updated` and id of the last one of the page before.
-        limit: Of the page.
+        before: `updated` and id of the last conversation of the page before.
+        limit: Length of the page.
     """
     found = Conversation.objects.filter(owner=user, deleted__isnull=kind != "trash")
     if kind != "trash":
@@ -51,20 +51,20 @@ def conversation(user: Any, id: UUID) -> Conversation:
     """Returns the user's conversation.
 
     Raises:
-        Conversation.DoesNotExist: There is none of that id, or it is another's.
+        Conversation.DoesNotExist: There is none with this id, or it is another user's.
     """
     return Conversation.objects.select_related("passage").get(owner=user, id=id)
 
 
 def message(user: Any, id: UUID) -> Message:
-    """Returns the user's message, its conversation and generation with it."""
+    """Returns the user's message with its conversation, generation and question."""
     return Message.objects.select_related("conversation", "generation", "parent__passage").get(
         conversation__owner=user, id=id
     )
 
 
 def generation(user: Any, id: UUID) -> Generation:
-    """Returns how the user's answer of that id comes about."""
+    """Returns the generation of the user's answer with this id."""
     return Generation.objects.select_related("message__conversation", "message__parent").get(
         message__conversation__owner=user, message_id=id
     )
@@ -76,7 +76,7 @@ def passage(user: Any, id: UUID) -> Passage:
 
 
 def passages(user: Any) -> QuerySet[Passage]:
-    """Returns the user's passages, the newest first, without their text, and without those of question sets alone."""
+    """Returns the user's passages, newest first, without their text; those that only question sets use are left out."""
     of_sets = Question.objects.filter(set__owner=user).values("passage_id")
     asked = Message.objects.filter(conversation__owner=user, passage__isnull=False).values("passage_id")
     attached = Conversation.objects.filter(owner=user, passage__isnull=False).values("passage_id")
@@ -85,14 +85,14 @@ def passages(user: Any) -> QuerySet[Passage]:
 
 
 def api_keys(user: Any) -> QuerySet[ApiKey]:
-    """Returns the user's keys that are in force, the newest first."""
+    """Returns the user's keys that are not revoked, newest first."""
     return ApiKey.objects.filter(owner=user, revoked__isnull=True).order_by("-created")
 
 
 def path(leaf: UUID | None, limit: int | None = None) -> list[Message]:
     """Returns the messages from the root to this one, or the last `limit` of them.
 
-    The caller has made sure whose they are.
+    The caller has checked their owner.
     """
     if leaf is None:
         return []
@@ -116,7 +116,7 @@ def path(leaf: UUID | None, limit: int | None = None) -> list[Message]:
 
 
 def newest_leaf(message: Message) -> UUID:
-    """Returns the end of the branch that was last gone on with below this message."""
+    """Returns the end of the newest branch below this message."""
     id = message.id
     while (
         child := Message.objects.filter(parent_id=id).order_by("-created", "-id").values_list("id", flat=True).first()
@@ -126,13 +126,13 @@ def newest_leaf(message: Message) -> UUID:
 
 
 def thread(user: Any, id: UUID, before: UUID | None = None, limit: int = MESSAGES_PER_PAGE) -> dict[str, Any]:
-    """Returns a page of what a conversation shows, `message_json`s from top to bottom, and whether there is more above.
+    """Returns a page of the branch that is shown: {messages: [message_json], more: whether there are any above}.
 
     Args:
         user: Owner.
         id: Of the conversation.
-        before: The topmost message shown so far; None for the page at the end.
-        limit: Of the page.
+        before: The topmost message so far; None for the last page.
+        limit: Length of the page.
 
     Raises:
         Message.DoesNotExist: `before` is in another conversation.
@@ -168,7 +168,7 @@ def thread(user: Any, id: UUID, before: UUID | None = None, limit: int = MESSAGE
 
 
 def _siblings(m: Message, all_of_them: Sequence[tuple[UUID, UUID | None]]) -> list[str]:
-    """Returns what can be shown in the message's place, itself included; answers side by side are one."""
+    """Returns the ids of the branches at this message, itself included; answers side by side are one branch."""
     found: dict[UUID, UUID] = {}
     for id, comparison in all_of_them:
         place = comparison or id
@@ -177,7 +177,7 @@ def _siblings(m: Message, all_of_them: Sequence[tuple[UUID, UUID | None]]) -> li
 
 
 def question_sets(user: Any) -> QuerySet[QuestionSet]:
-    """Returns the user's question sets, the newest first."""
+    """Returns the user's question sets, newest first."""
     return QuestionSet.objects.filter(owner=user).order_by("-created")
 
 
@@ -192,21 +192,21 @@ def run(user: Any, id: UUID) -> Run:
 
 
 def predictions(of: Run) -> dict[str, str]:
-    """Returns a run's answers by the ids of the questions, as the official script and `babl compare` read them."""
+    """Returns a run's answers by question id, as the official script and `babl compare` read them."""
     return dict(of.answers.order_by("question__position").values_list("question__qid", "text"))
 
 
 def unanswered(of: Run) -> list[Question]:
-    """Returns the questions that a run has no answer to yet, with their passages."""
+    """Returns the questions that a run has not answered yet, with their passages."""
     answered = of.answers.values("question_id")
     return list(of.set.questions.exclude(id__in=answered).select_related("passage"))
 
 
 def difference(user: Any, a: UUID, b: UUID) -> list[dict[str, Any]]:
-    """Returns for each question that both runs answered what each answered and B's scores minus A's, in percent.
+    """Returns, for each question that both runs answered, both answers and B's scores minus A's, in percent.
 
     Raises:
-        Run.DoesNotExist: A run is another's, or of another set than the first.
+        Run.DoesNotExist: A run is another user's, or of another set than the first.
     """
     first = run(user, a)
     second = Run.objects.get(set=first.set, id=b)
@@ -233,7 +233,7 @@ def difference(user: Any, a: UUID, b: UUID) -> list[dict[str, Any]]:
 
 
 def judged(user: Any | None = None) -> Iterable[Feedback]:
-    """Returns what users (or one of them) said of answers about a passage, the oldest first."""
+    """Returns feedback on answers about a passage, of one user or of all, oldest first."""
     found = Feedback.objects.filter(message__generation__with_context=True, message__parent__passage__isnull=False)
     if user is not None:
         found = found.filter(message__conversation__owner=user)

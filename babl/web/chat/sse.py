@@ -1,14 +1,14 @@
-"""Running answers as server-sent events: one stream for any number of them, taken up again where it broke.
+"""Answers as server-sent events: one stream for any number of answers, which can be resumed.
 
-The id of every frame has, for each answer of the stream in its order, how many code points of it were sent: `40-12`. A
-browser sends the last id when it connects again, and goes on there.
+The id of every frame has, for each answer of the stream in order, how many code points were sent: `40-12`. A browser
+sends the last id when it reconnects, and the stream goes on there.
 
-- `state {g, status, position?, prompt_tokens?, windows?, cut_tokens?, saved}`: what the status line tells
+- `state {g, status, position?, prompt_tokens?, windows?, cut_tokens?, saved}`: for the status line
 - `delta {g, at, text, tokens}`: the next piece of the answer, which begins at code point `at`, and the tokens so far
 - `done {g, message}`: the answer as it is stored, a `serializers.message_json`
-- `reconnect {}`: the server ends, or the stream grew old; come again
+- `reconnect {}`: the server shuts down, or the stream is old: connect again
 
-A stream ends after the last `done`; an EventSource is then to be closed, for it would come again.
+A stream ends after the last `done`; the client closes its EventSource then, which would reconnect.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from django.core.exceptions import ObjectDoesNotExist
 from django.db import connections
 
 from babl.web.chat import selectors
-from babl.web.chat.hub import Running, hub
+from babl.web.chat.hub import RunningAnswer, hub
 from babl.web.chat.metrics import STREAMS
 from babl.web.chat.models import LIVE
 from babl.web.chat.serializers import message_json
@@ -35,13 +35,13 @@ RENEW_SECONDS = 600.0
 
 
 def frame(event: str, data: Any, id: str = "") -> bytes:
-    """Returns one event as it goes over the line."""
+    """Returns a frame of the stream."""
     head = f"id: {id}\n" if id else ""
     return f"{head}event: {event}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
 
 
 def parse_cursors(last_id: str, count: int) -> list[int]:
-    """Returns how much of each answer was seen, by the id of the last frame; nothing where it is not one."""
+    """Returns the code points of each answer that were sent, by the id of the last frame; zeros if it is not valid."""
     parts = last_id.split("-")
     if len(parts) == count and all(part.isascii() and part.isdigit() for part in parts):
         return [int(part) for part in parts]
@@ -49,63 +49,63 @@ def parse_cursors(last_id: str, count: int) -> list[int]:
 
 
 async def answers(user: Any, ids: Sequence[UUID], cursors: list[int]) -> AsyncIterator[bytes]:
-    """Yields frames until all of these answers, which are the user's, are done, or the server ends."""
-    woken = asyncio.Event()
-    watched: dict[int, Running] = {}
-    told: dict[int, Any] = {}
-    begun = spoken = time.monotonic()
+    """Yields frames until these answers of the user are done, or the server shuts down."""
+    wake = asyncio.Event()
+    watched: dict[int, RunningAnswer] = {}
+    sent: dict[int, Any] = {}
+    started = last_sent = time.monotonic()
     STREAMS.inc()
     try:
         yield b"retry: 1000\n\n"
         for i, id in enumerate(ids):
             if running := hub.get(str(id)):
                 watched[i] = running
-                running.watchers.add(woken)
+                running.watchers.add(wake)
                 continue
             stored, is_live = await _stored(user, id)
-            if is_live:  # it has ended a moment ago, or nobody has begun it yet
+            if is_live:  # it has just ended, or is about to start
                 yield frame("reconnect", {})
                 return
             for each in _rest(i, stored["id"], stored["content"], stored["tokens"], cursors):
                 yield each
             yield frame("done", {"g": stored["id"], "message": stored}, _id(cursors))
         while watched:
-            woken.clear()
+            wake.clear()
             for i, running in list(watched.items()):
                 state = {"g": running.id, **running.state, "saved": running.saved}
-                if told.get(i) != state and not running.over.is_set():
-                    told[i] = state
+                if sent.get(i) != state and not running.finished.is_set():
+                    sent[i] = state
                     yield frame("state", state, _id(cursors))
                 for each in _rest(i, running.id, running.text, running.tokens, cursors):
-                    spoken = time.monotonic()
+                    last_sent = time.monotonic()
                     yield each
-                if running.over.is_set():
+                if running.finished.is_set():
                     del watched[i]
-                    running.watchers.discard(woken)
+                    running.watchers.discard(wake)
                     try:
                         stored, _ = await _stored(user, ids[i])
-                    except ObjectDoesNotExist:  # purged meanwhile
+                    except ObjectDoesNotExist:  # deleted meanwhile
                         continue
                     yield frame("done", {"g": running.id, "message": stored}, _id(cursors))
             if not watched:
                 return
-            if hub.closing.is_set() or time.monotonic() - begun > RENEW_SECONDS:
+            if hub.closing.is_set() or time.monotonic() - started > RENEW_SECONDS:
                 yield frame("reconnect", {})
                 return
-            if time.monotonic() - spoken > PING_SECONDS:
-                spoken = time.monotonic()
+            if time.monotonic() - last_sent > PING_SECONDS:
+                last_sent = time.monotonic()
                 yield b": ping\n\n"
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(woken.wait(), PING_SECONDS)
+                await asyncio.wait_for(wake.wait(), PING_SECONDS)
             await asyncio.sleep(COALESCE_SECONDS)
     finally:
         STREAMS.dec()
         for running in watched.values():
-            running.watchers.discard(woken)
+            running.watchers.discard(wake)
 
 
 def _rest(i: int, id: str, text: str, tokens: int | None, cursors: list[int]) -> list[bytes]:
-    """Returns the frame with what is not yet seen of answer i, if there is anything; its cursor is moved."""
+    """Returns the frame with the rest of answer i, if there is any, and moves its cursor."""
     at = cursors[i]
     if at >= len(text):
         return []
@@ -122,9 +122,9 @@ def _read(user: Any, id: UUID) -> tuple[dict[str, Any], bool]:
         message = selectors.message(user, id)
         return message_json(message), message.generation.status in LIVE
     finally:
-        connections.close_all()  # a stream lasts longer than a connection should be kept
+        connections.close_all()  # a stream lasts longer than a connection should
 
 
 async def _stored(user: Any, id: UUID) -> tuple[dict[str, Any], bool]:
-    """Returns the answer as it is stored, and whether it counts as being written."""
+    """Returns the stored answer, and whether it is being written."""
     return await sync_to_async(_read, thread_sensitive=False)(user, id)

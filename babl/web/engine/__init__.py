@@ -1,1 +1,1 @@
-"""The process that owns the models, and the line to it; nothing here knows Django."""
+"""The process that owns the models, and the client that talks to it; nothing here imports Django."""

@@ -1,4 +1,4 @@
-"""The web process's side: starts the engine process, talks to it, and starts it again when it has broken down.
+"""The web process's side: starts the engine process, talks to it, and restarts it after a crash.
 
 Neither torch nor Django is imported here.
 """
@@ -17,11 +17,12 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from babl.web.engine.line import Line
+from babl.web.engine.channel import Channel
+from babl.web.engine.fair_queue import MAX_RUNNING, MAX_WAITING
 from babl.web.engine.protocol import (
+    BadFrame,
     Cancel,
-    Count,
-    Counted,
+    CountTokens,
     Delta,
     Done,
     Event,
@@ -37,26 +38,25 @@ from babl.web.engine.protocol import (
     Reply,
     Request,
     Stats,
+    TokenCount,
     Unload,
-    Unreadable,
 )
-from babl.web.engine.turns import MOST_RUNNING, MOST_WAITING
 
 DEFAULT_FOLDERS = (Path("models"), Path("runs"))
-START_SECONDS = 120.0  # that the engine process has to be ready
-GRACE = 5.0  # seconds to end after it was asked to
-WAITS = (0.0, 0.5, 2.0, 8.0, 30.0)  # seconds before each start after the last one that became ready
-HOPELESS = 3  # starts in a row that failed, after which nobody is kept waiting
-SOCKET_PATH_BYTES = 103  # that every system takes; Linux takes 107
-MOST_HELD = 64  # requests kept while there is no engine process
+START_SECONDS = 120.0  # until the engine process must be ready
+STOP_SECONDS = 5.0  # until it is killed
+RESTART_DELAYS = (0.0, 0.5, 2.0, 8.0, 30.0)  # seconds before each start since the last one that became ready
+MAX_FAILED_STARTS = 3  # in a row, after which requests are refused
+SOCKET_PATH_BYTES = 103  # that every system allows; Linux allows 107
+MAX_HELD = 64  # requests that wait for an engine process
 BROKE_DOWN = "the engine broke down while it was answering, and is started again"
 
-Truncation = asyncio.Queue["asyncio.Future[Exception | None]"]  # when each line that was made is lost
+Losses = asyncio.Queue["asyncio.Future[Exception | None]"]  # of each channel that was made: done when it is lost
 R = TypeVar("R")
 
 
 class EngineError(Exception):
-    """A call was refused, or the engine process broke down meanwhile; `failed` says which."""
+    """A call failed, because it was refused or the engine process crashed; `failed` says which."""
 
     def __init__(self, failed: Failed):
         super().__init__(failed.message)
@@ -64,42 +64,42 @@ class EngineError(Exception):
 
     @property
     def code(self) -> FailureCode:
-        """Of the failure."""
+        """The failure's code."""
         return self.failed.code
 
 
 class _Stream:
-    """The events of a request that are not taken yet; pieces of text grow together, so a slow reader costs no more."""
+    """The events of a request that are not read yet; deltas are merged, so that a slow reader takes no more memory."""
 
     def __init__(self, request: Request):
         self.request = request
         self.sent = False
         self.events: deque[Event] = deque()
-        self.news = asyncio.Event()
+        self.ready = asyncio.Event()
 
     def put(self, event: Event) -> None:
         if isinstance(event, Delta) and self.events and isinstance(self.events[-1], Delta):
             event = Delta(event.id, self.events.pop().text + event.text, event.tokens)  # type: ignore[union-attr]
         self.events.append(event)
-        self.news.set()
+        self.ready.set()
 
     async def get(self) -> Event:
         while not self.events:
-            self.news.clear()
-            await self.news.wait()
+            self.ready.clear()
+            await self.ready.wait()
         return self.events.popleft()
 
 
 class EngineClient:
-    """Answers through an engine process of its own.
+    """Answers requests through an engine process of its own.
 
     Args:
         folders: Searched for models.
-        scripted: Whether to start `babl.web.engine.scripted` in place of models.
-        device: As of `Engine.load`.
+        scripted: Whether the process runs `babl.web.engine.scripted` in place of models.
+        device: As in `Engine.load`.
         dtype: Likewise.
-        most_waiting: Requests in the queue.
-        most_running: Requests answered at once.
+        max_waiting: Requests in the queue.
+        max_running: Requests answered at once.
     """
 
     def __init__(
@@ -109,37 +109,37 @@ class EngineClient:
         scripted: bool = False,
         device: str = "auto",
         dtype: str = "auto",
-        most_waiting: int = MOST_WAITING,
-        most_running: int = MOST_RUNNING,
+        max_waiting: int = MAX_WAITING,
+        max_running: int = MAX_RUNNING,
     ):
         self._arguments = ["--device", device, "--dtype", dtype]
-        self._arguments += ["--most-waiting", str(most_waiting), "--most-running", str(most_running)]
+        self._arguments += ["--max-waiting", str(max_waiting), "--max-running", str(max_running)]
         self._arguments += ["--scripted"] if scripted else []
         self._arguments += [word for folder in folders for word in ("--models", str(folder.resolve()))]
         self.pid: int | None = None  # of the engine process, while it takes requests
-        self.restarts = 0  # after it broke down
+        self.restarts = 0  # after crashes
         self._streams: dict[str, _Stream] = {}
-        self._calls: dict[str, asyncio.Future[Counted | ModelStates | Stats]] = {}
+        self._calls: dict[str, asyncio.Future[TokenCount | ModelStates | Stats]] = {}
         self._call_ids = itertools.count()
-        self._line: Line | None = None
-        self._started: asyncio.Future[None]  # when the process of now says that it is ready
-        self._settled = asyncio.Event()  # whether the process is ready, or hopeless
-        self._replacing = False  # the process is ended on purpose, for its memory
+        self._channel: Channel | None = None
+        self._started: asyncio.Future[None]  # done when the current process is ready
+        self._settled = asyncio.Event()  # whether the process is ready, or cannot be started
+        self._replacing = False  # the process is being restarted to free its memory
         self._replacement: asyncio.Task[None] | None = None
-        self._hopeless = ""  # why it cannot be started
+        self._start_error = ""  # why it cannot be started
         self._supervisor: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """The engine process is ready.
+        """Starts the engine process and waits until it is ready.
 
         Raises:
-            EngineError: It cannot be started; that is tried again all the same, until `stop`.
+            EngineError: It cannot be started; the client goes on trying until `stop`.
         """
         self._supervisor = asyncio.create_task(self._supervise())
         await self._until_ready()
 
     async def stop(self) -> None:
-        """The engine process has ended, and with it every answer."""
+        """Ends the engine process and every answer."""
         if self._supervisor is not None:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -148,9 +148,9 @@ class EngineClient:
         self._fail_all("the engine was stopped", sent_only=False)
 
     def submit(self, request: Request) -> AsyncGenerator[Event, None]:
-        """Returns the events of the request, which is on its way now; the last one is `Done` or `Failed`.
+        """Submits a request; returns its events, of which the last is `Done` or `Failed`.
 
-        Leaving the iteration before that, by `aclose`, cancels the request.
+        Closing the iterator before that, by `aclose`, cancels the request.
 
         Raises:
             ValueError: A request with this id is being answered.
@@ -158,76 +158,76 @@ class EngineClient:
         if request.id in self._streams:
             raise ValueError(f"request {request.id} is being answered already")
         stream = self._streams[request.id] = _Stream(request)
-        if self._hopeless or self._supervisor is None:
-            self._end(Failed(request.id, "engine", self._hopeless or "the engine is not started"))
+        if self._start_error or self._supervisor is None:
+            self._end(Failed(request.id, "engine", self._start_error or "the engine is not started"))
         elif self.pid is not None and not self._replacing:
             self._send(stream)
-        elif sum(not stream.sent for stream in self._streams.values()) > MOST_HELD:
-            self._end(Failed(request.id, "busy", "the engine is being started; ask again later", WAITS[2]))
+        elif sum(not stream.sent for stream in self._streams.values()) > MAX_HELD:
+            self._end(Failed(request.id, "busy", "the engine is being started; ask again later", RESTART_DELAYS[2]))
         return self._events(stream)
 
     async def cancel(self, id: str) -> None:
-        """The request ends at the engine's next step; an id that is not being answered changes nothing."""
+        """Cancels a request, which ends at the engine's next step; unknown ids change nothing."""
         stream = self._streams.get(id)
         if stream is not None and not stream.sent:
             self._end(Done(id, "", "cancelled"))
-        elif stream is not None and self._line is not None:
-            self._line.send(Cancel(id))
+        elif stream is not None and self._channel is not None:
+            self._channel.send(Cancel(id))
 
-    async def count(self, request: Request) -> Counted:
-        """Returns what a request would take, by the tokenizer of its model.
+    async def count(self, request: Request) -> TokenCount:
+        """Returns the tokens that a request would take, by the tokenizer of its model.
 
         Raises:
             EngineError: Its model is unusable, or it cannot be answered.
         """
-        return await self._call(lambda id: Count(id, request), Counted)
+        return await self._call(lambda id: CountTokens(id, request), TokenCount)
 
     async def models(self) -> list[ModelState]:
-        """Returns every model of the folders, and its state."""
+        """Returns every model in the folders, with its state."""
         return (await self._call(ListModels, ModelStates)).models
 
     async def load(self, model: str) -> None:
-        """The model is in memory.
+        """Loads a model into memory.
 
         Raises:
-            EngineError: It is unusable, or the free memory is too small.
+            EngineError: It is unusable, or there is too little free memory.
         """
         await self._call(lambda id: Load(id, model), ModelStates)
 
     async def unload(self, model: str) -> None:
-        """The model is not in memory, and if it was the last one, the process is a new one that never had any.
+        """Unloads a model; after the last one, restarts the process, which gives all of its memory back.
 
         Raises:
             EngineError: It is being loaded, or is answering.
         """
         await self._call(lambda id: Unload(id, model), ModelStates)
         if not self._replacing and not self._streams:
-            self._replacing = True  # who comes now is held until the new process is there
+            self._replacing = True  # new requests wait for the new process
             self._settled.clear()
             self._replacement = asyncio.create_task(self._replace())
-            await asyncio.shield(self._replacement)  # who asked for it may go away meanwhile
+            await asyncio.shield(self._replacement)  # the caller may be cancelled meanwhile
         await self._until_ready()
 
     async def _replace(self) -> None:
-        """The process is about to end, unless somebody has loaded a model meanwhile."""
+        """Tells the process to end, unless a model has been loaded meanwhile."""
         if self._calls:
             await asyncio.wait(self._calls.values())
         try:
             left = (await self._ask(ListModels, ModelStates)).models
         except EngineError:
-            return  # it has broken down, so it is replaced anyway
+            return  # it has crashed, so it is restarted anyway
         if any(state.state in ("loading", "loaded") for state in left):
             self._replacing = False
-            self._release()
-        elif self._line is not None:
-            self._line.close()
+            self._send_waiting()
+        elif self._channel is not None:
+            self._channel.close()
 
     async def stats(self) -> Stats:
-        """Returns how the engine process is."""
+        """Returns figures of the engine process."""
         return await self._call(GetStats, Stats)
 
     async def _until_ready(self) -> None:
-        """Returns once the engine process takes requests.
+        """Waits until the engine process takes requests.
 
         Raises:
             EngineError: It cannot be started.
@@ -238,10 +238,10 @@ class EngineClient:
             settled: asyncio.Future[Any] = asyncio.ensure_future(self._settled.wait())
             await asyncio.wait([settled, self._supervisor], return_when=asyncio.FIRST_COMPLETED)
             settled.cancel()
-            if self._supervisor.done() and not self._hopeless:
+            if self._supervisor.done() and not self._start_error:
                 raise EngineError(Failed("", "engine", "the engine was stopped"))
-        if self._hopeless:
-            raise EngineError(Failed("", "engine", self._hopeless))
+        if self._start_error:
+            raise EngineError(Failed("", "engine", self._start_error))
 
     async def _call(self, make: Callable[[str], msgspec.Struct], kind: type[R]) -> R:
         await self._until_ready()
@@ -249,11 +249,11 @@ class EngineClient:
 
     async def _ask(self, make: Callable[[str], msgspec.Struct], kind: type[R]) -> R:
         id = f"call-{next(self._call_ids)}"
-        if self._line is None:
+        if self._channel is None:
             raise EngineError(Failed(id, "engine", BROKE_DOWN))
         answer = self._calls[id] = asyncio.get_running_loop().create_future()
         try:
-            self._line.send(make(id))
+            self._channel.send(make(id))
             result = await answer
         except ValueError as error:
             raise EngineError(Failed(id, "prompt", str(error))) from None
@@ -273,16 +273,16 @@ class EngineClient:
             if not last:
                 await self.cancel(stream.request.id)
 
-    def _release(self) -> None:
-        """Who was held goes to the engine process, which is ready."""
+    def _send_waiting(self) -> None:
+        """Sends the requests that waited for the process to be ready."""
         self._settled.set()
         for stream in [stream for stream in self._streams.values() if not stream.sent]:
             self._send(stream)
 
     def _send(self, stream: _Stream) -> None:
-        assert self._line is not None
+        assert self._channel is not None
         try:
-            self._line.send(stream.request)
+            self._channel.send(stream.request)
             stream.sent = True
         except ValueError as error:
             self._end(Failed(stream.request.id, "prompt", str(error)))
@@ -300,20 +300,20 @@ class EngineClient:
             if not call.done():
                 call.set_exception(EngineError(Failed(id, "engine", reason)))
 
-    def _receive(self, message: FromEngine | Unreadable) -> None:
-        if isinstance(message, Unreadable):
-            print(f"babl engine: what it said of {message.id} cannot be read ({message.reason})", file=sys.stderr)
-            message = Failed(message.id, "engine", "what the engine said cannot be read")
+    def _receive(self, message: FromEngine | BadFrame) -> None:
+        if isinstance(message, BadFrame):
+            print(f"babl engine: a message about {message.id} cannot be read ({message.reason})", file=sys.stderr)
+            message = Failed(message.id, "engine", "the engine's answer cannot be read")
         if isinstance(message, Failed) and message.id in self._calls:
             message = Reply(message.id, message)
         if isinstance(message, Ready):
             self.pid = message.pid
-            self._hopeless = ""
+            self._start_error = ""
             self._started.set_result(None)
-            self._release()
+            self._send_waiting()
         elif isinstance(message, Reply):
             call = self._calls.get(message.id)
-            if call is None or call.done():  # nobody waits any more
+            if call is None or call.done():  # nobody waits for it any more
                 return
             if isinstance(message.result, Failed):
                 call.set_exception(EngineError(message.result))
@@ -325,34 +325,34 @@ class EngineClient:
             self._streams[message.id].put(message)
 
     async def _supervise(self) -> None:
-        """Keeps an engine process running, for ever; cancelled, it has ended."""
+        """Keeps an engine process running until it is cancelled, which ends the process."""
         loop = asyncio.get_running_loop()
-        losses: Truncation = asyncio.Queue()
+        losses: Losses = asyncio.Queue()
 
-        def answer() -> Line:
+        def connect() -> Channel:
             loss: asyncio.Future[Exception | None] = loop.create_future()
 
-            def made(line: Line) -> None:
-                self._line = line
+            def made(channel: Channel) -> None:
+                self._channel = channel
                 losses.put_nowait(loss)
 
-            return Line(FromEngine, self._receive, loss.set_result, made)
+            return Channel(FromEngine, self._receive, loss.set_result, made)
 
         try:
             folder = _socket_folder()
-            server = await loop.create_unix_server(answer, f"{folder}/engine")
+            server = await loop.create_unix_server(connect, f"{folder}/engine")
         except OSError as error:
-            self._hopeless = f"the engine's socket has no place ({error}); set TMPDIR to a folder that can be written"
-            print(f"babl engine: {self._hopeless}", file=sys.stderr)
+            self._start_error = f"the engine's socket cannot be created ({error}); set TMPDIR to a writable folder"
+            print(f"babl engine: {self._start_error}", file=sys.stderr)
             self._settled.set()
-            self._fail_all(self._hopeless, sent_only=False)
+            self._fail_all(self._start_error, sent_only=False)
             return
         failures = 0  # starts in a row that did not become ready
         try:
             while True:
-                await asyncio.sleep(WAITS[min(failures, len(WAITS) - 1)])
+                await asyncio.sleep(RESTART_DELAYS[min(failures, len(RESTART_DELAYS) - 1)])
                 try:
-                    was_ready = await self._live(f"{folder}/engine", losses)
+                    was_ready = await self._run_process(f"{folder}/engine", losses)
                 except OSError as error:  # such as too many processes
                     print(f"babl engine: cannot be started ({error})", file=sys.stderr)
                     was_ready = False
@@ -361,17 +361,19 @@ class EngineClient:
                     self.restarts += 1
                 self._replacing = False
                 reason = BROKE_DOWN
-                if failures >= HOPELESS:
+                if failures >= MAX_FAILED_STARTS:
                     self._settled.set()
-                    reason = self._hopeless = "the engine cannot be started; what it says is in the log of the server"
-                self._fail_all(reason, sent_only=failures < HOPELESS)
+                    reason = self._start_error = (
+                        "the engine cannot be started; what it says is in the log of the server"
+                    )
+                self._fail_all(reason, sent_only=failures < MAX_FAILED_STARTS)
         finally:
             server.close()
             shutil.rmtree(folder, ignore_errors=True)
 
-    async def _live(self, socket: str, losses: "Truncation") -> bool:
-        """Returns whether the process became ready; one has been started, and has ended."""
-        # In a session of its own, so that Ctrl-C reaches this process alone, which then ends the other.
+    async def _run_process(self, socket: str, losses: "Losses") -> bool:
+        """Starts a process and waits until it has ended; returns whether it became ready."""
+        # In its own session, so that Ctrl-C reaches only this process, which then ends the other.
         command = [sys.executable, "-m", "babl.web.engine.process", "--socket", socket, *self._arguments]
         self._started = asyncio.get_running_loop().create_future()
         process = await asyncio.create_subprocess_exec(*command, start_new_session=True)
@@ -389,20 +391,20 @@ class EngineClient:
             return True
         finally:
             connecting.cancel()
-            self._line, self.pid = None, None
-            if not self._hopeless:
+            self._channel, self.pid = None, None
+            if not self._start_error:
                 self._settled.clear()
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     process.terminate()
-                await asyncio.wait([ended], timeout=GRACE)
+                await asyncio.wait([ended], timeout=STOP_SECONDS)
             if process.returncode is None:
                 process.kill()
             await ended
 
 
 def _socket_folder() -> str:
-    """Returns a new folder for a socket, which nobody else may enter, under /tmp where TMPDIR's path is too long."""
+    """Creates a private folder for the socket, in /tmp if TMPDIR's path is too long, and returns it."""
     if len(os.fsencode(tempfile.gettempdir())) <= SOCKET_PATH_BYTES - len("/babl-12345678/engine"):
         return tempfile.mkdtemp(prefix="babl-")
     return tempfile.mkdtemp(prefix="babl-", dir="/tmp")

@@ -1,4 +1,4 @@
-"""The model folders of this machine: which there are, what they would take, and one in memory."""
+"""The model folders of this machine: finding them, the memory they need, and loading one."""
 
 import ctypes
 import gc
@@ -20,13 +20,13 @@ from babl.models.weights import describe, weight_files
 from babl.text.tokenizer import tokenizer_file
 from babl.web.engine.protocol import ModelState
 
-PATTERNS = ("*", "**/model-*", "**/checkpoints/latest")  # pulled or copied models, then what `demo` and `train` leave
-CONVERSATION = 2048  # tokens, for which there must be room beside the weights
-DIGITS = 12  # of a sha256, to name weights and tokenizers by
+PATTERNS = ("*", "**/model-*", "**/checkpoints/latest")  # pulled or copied models, then those of `demo` and `train`
+CONVERSATION_TOKENS = 2048  # that must fit in memory beside the weights
+HASH_DIGITS = 12  # of a sha256, which name weights and tokenizers
 
 
 def find_models(folders: Sequence[Path]) -> dict[str, Path]:
-    """Returns the model folders by name: their path inside the folder searched; where two agree, the first one's.
+    """Returns the model folders by name, which is the path inside the folder searched; the first of a name counts.
 
     A folder that is itself a model has the name of the folder.
     """
@@ -43,7 +43,7 @@ def find_models(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def _check_name(name: str, folder: Path) -> None:
-    """The folder can be named in messages.
+    """Checks that a folder can be named in messages.
 
     Raises:
         UserError: Its name is not UTF-8.
@@ -55,16 +55,16 @@ def _check_name(name: str, folder: Path) -> None:
 
 
 def model_state(name: str, folder: Path, device: str, dtype: str) -> ModelState:
-    """Returns what is known of a folder without reading its weights."""
+    """Returns the state of an unloaded model, from its folder without the weights."""
     try:
         _check_name(name, folder)
         known = describe(folder)
         if known["tokenizer"] == "none":
             raise UserError(f"{folder}: no tokenizer here")
-        needed = need(known, device, dtype, CONVERSATION)
+        needed = need(known, device, dtype, CONVERSATION_TOKENS)
     except UserError as error:
         return ModelState(name, state="unusable", reason=str(error))
-    except Exception as error:  # whatever is the matter with one folder, the others are listed
+    except Exception as error:  # whatever is wrong with one folder, the others are listed
         traceback.print_exc(file=sys.stderr)
         return ModelState(name, state="unusable", reason=f"{folder}: cannot be read ({type(error).__name__})")
     return ModelState(
@@ -79,11 +79,11 @@ def model_state(name: str, folder: Path, device: str, dtype: str) -> ModelState:
     )
 
 
-def folder_of(name: str, folders: Sequence[Path]) -> Path:
+def find_folder(name: str, folders: Sequence[Path]) -> Path:
     """Returns the folder of a model.
 
     Raises:
-        UserError: There is none of this name.
+        UserError: There is no such model.
     """
     found = find_models(folders)
     if name not in found:
@@ -92,26 +92,26 @@ def folder_of(name: str, folders: Sequence[Path]) -> Path:
     return found[name]
 
 
-def read_reader(name: str, folders: Sequence[Path]) -> Reader:
-    """Returns how a model reads.
+def load_reader(name: str, folders: Sequence[Path]) -> Reader:
+    """Returns the reader of a model, which makes its prompts.
 
     Raises:
-        UserError: There is none of this name, or it is unusable.
+        UserError: There is no such model, or it is unusable.
     """
-    folder = folder_of(name, folders)
+    folder = find_folder(name, folders)
     known = describe(folder)
     return Reader.of(folder, known["family"], known["context"])
 
 
 @dataclass
 class Loaded:
-    """A model in memory.
+    """A model that is loaded.
 
     Attributes:
         engine: Answers.
-        reader: Reads for it.
+        reader: Makes its prompts.
         weights: Prefix of the sha256 of its weights.
-        tokenizer: Of its tokenizer.
+        tokenizer: Likewise, of its tokenizer.
         memory: Bytes of its weights.
     """
 
@@ -123,12 +123,12 @@ class Loaded:
 
 
 def load_model(name: str, folders: Sequence[Path], device: str, dtype: str) -> Loaded:
-    """Returns the model, read into memory.
+    """Loads a model.
 
     Raises:
-        UserError: There is none of this name, it is unusable, or the memory that is free is too small for it.
+        UserError: There is no such model, it is unusable or changes meanwhile, or there is too little free memory.
     """
-    folder = folder_of(name, folders)
+    folder = find_folder(name, folders)
     state = model_state(name, folder, device, dtype)
     if state.state == "unusable":
         raise UserError(state.reason)
@@ -137,20 +137,20 @@ def load_model(name: str, folders: Sequence[Path], device: str, dtype: str) -> L
             f"{name} needs {state.needed >> 20:,} MiB of memory, but {state.free >> 20:,} MiB are free; unload another "
             "model"
         )
-    reader = read_reader(name, folders)
+    reader = load_reader(name, folders)
     files = weight_files(folder)
     tokenizer_files = [folder / name for name in (tokenizer_file(folder),) if name]
-    stamps = _stamps([*files, *tokenizer_files])
+    stats = _file_stats([*files, *tokenizer_files])
     weights, tokenizer = _hash(files), _hash(tokenizer_files)
     loaded = Loaded(Engine.load(folder, device, dtype), reader, weights, tokenizer, state.memory)
-    changed = [path for path, stamp in _stamps(stamps).items() if stamp != stamps[path]]
-    if changed:  # what was hashed need not be what was loaded
+    changed = [path for path, stat in _file_stats(stats).items() if stat != stats[path]]
+    if changed:  # what was hashed may differ from what was loaded
         raise UserError(f"{changed[0]} was changed while {name} was read from it; load it again once it is whole")
     return loaded
 
 
-def _stamps(files: Iterable[Path]) -> dict[Path, tuple[int, int, int] | None]:
-    """Returns what changes about each file when it is written or replaced; None where it is gone."""
+def _file_stats(files: Iterable[Path]) -> dict[Path, tuple[int, int, int] | None]:
+    """Returns inode, size and time of change of each file; None if it is gone."""
     found: dict[Path, tuple[int, int, int] | None] = {}
     for path in files:
         try:
@@ -162,12 +162,12 @@ def _stamps(files: Iterable[Path]) -> dict[Path, tuple[int, int, int] | None]:
 
 
 def _hash(files: Sequence[Path]) -> str:
-    """Returns the prefix of the sha256 of the files' sha256, or of the one file's own."""
-    return joint_hash(files)[:DIGITS]
+    """Returns the prefix of the joint sha256 of the files."""
+    return joint_hash(files)[:HASH_DIGITS]
 
 
-def give_back_memory() -> None:
-    """What is no longer used goes back to the system, as far as its allocators let it."""
+def release_memory() -> None:
+    """Returns unused memory to the system, as far as the allocators allow."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

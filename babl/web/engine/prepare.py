@@ -1,4 +1,4 @@
-"""What a model reads of a request, and what of it does not fit."""
+"""Prepares a request: the prompts that a model reads, and the tokens that do not fit."""
 
 from dataclasses import dataclass, replace
 
@@ -7,27 +7,21 @@ from babl.generation import GenerationConfig
 from babl.generation.conversation import Reader, word_conversation, word_question
 from babl.generation.sampling import LOOKUP_TOKENS
 from babl.text.prompts import ANSWER_END, Message, prompt_ids
-from babl.web.engine.protocol import (
-    CompletionRequest,
-    Counted,
-    QARequest,
-    Request,
-    Settings,
-)
+from babl.web.engine.protocol import BOUNDS, CompletionRequest, QARequest, Request, Settings, TokenCount
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request as a model reads it.
+    """A request as the model reads it.
 
     Attributes:
-        prompts: In ids; several where the context is read through windows.
-        windows: Code points of the context that each shows; empty where the request is not a question as in training.
-        context: In which the answer is located.
-        config: Of the answers.
-        cut_tokens: Of what was sent and is not read.
-        limit: Tokens that one prompt should not exceed.
-        most: Tokens that none can exceed.
+        prompts: Token ids; several if the context is read in windows.
+        windows: Code points of the context in each prompt; empty unless the prompt is a question as in training.
+        context: To locate the answer in.
+        config: Of the decoding.
+        cut_tokens: Sent, but not read.
+        limit: Tokens that a prompt should not exceed.
+        max_prompt: Tokens that no prompt can exceed.
     """
 
     prompts: list[list[int]]
@@ -36,40 +30,42 @@ class Prepared:
     config: GenerationConfig
     cut_tokens: int
     limit: int
-    most: int
+    max_prompt: int
 
     @property
     def tokens(self) -> int:
-        """Of all prompts."""
+        """The tokens of all prompts."""
         return sum(map(len, self.prompts))
 
-    def rooms(self) -> list[int]:
-        """Returns the tokens for which each prompt and its answer need keys and values."""
+    def cache_lengths(self) -> list[int]:
+        """Returns the tokens that each prompt and its answer keep keys and values of."""
         return [len(prompt) + self.config.max_new_tokens for prompt in self.prompts]
 
-    def counted(self) -> Counted:
-        """Returns the figures for who has not sent it yet."""
-        over = sum(max(0, len(prompt) - self.most) for prompt in self.prompts)
-        return Counted(self.tokens - over, self.limit, self.cut_tokens + over, len(self.prompts))
+    def count(self) -> TokenCount:
+        """Returns the token count of the request."""
+        over = sum(max(0, len(prompt) - self.max_prompt) for prompt in self.prompts)
+        return TokenCount(self.tokens - over, self.limit, self.cut_tokens + over, len(self.prompts))
 
     def check(self) -> None:
-        """It can be read; nothing is cut off a question or the last message.
+        """Checks that every prompt fits; a question or the last message is never cut.
 
         Raises:
-            UserError: It does not, or there is nothing to read.
+            UserError: A prompt is too long, or empty.
         """
         if not all(self.prompts):
             raise UserError("the prompt is empty, and this model has no token to begin with")
         longest = max(map(len, self.prompts))
-        if longest > self.most:
-            raise UserError(f"the prompt has {longest} tokens, but this model reads at most {self.most}")
+        if longest > self.max_prompt:
+            raise UserError(f"the prompt has {longest} tokens, but this model reads at most {self.max_prompt}")
 
 
 def prepare(request: Request, reader: Reader) -> Prepared:
-    """Returns what the model reads; `babl.generation.conversation` words it, but for a completion, which is read as is.
+    """Returns what the model reads of a request.
+
+    `babl.generation.conversation` makes the prompt, except for a completion, which is read as it is.
 
     Raises:
-        UserError: The messages are not a conversation, or the context is too long even for windows.
+        UserError: The messages are not a conversation, or the context has too many windows.
     """
     config = _config(request.settings)
     if isinstance(request, CompletionRequest):
@@ -88,20 +84,12 @@ def prepare(request: Request, reader: Reader) -> Prepared:
     windows = worded.windows if worded.question else []
     if windows:
         config = replace(config, stop_strings=(*config.stop_strings, *ANSWER_END))
-    if windows and config.greedy:  # answers stand in their contexts more often than not
+    if windows and config.greedy:  # most answers can be copied from the context
         config = replace(config, prompt_lookup_num_tokens=LOOKUP_TOKENS)
     context = worded.context if windows else None
     return Prepared(worded.prompts, windows, context, config, worded.cut_tokens, worded.limit, reader.most)
 
 
 def _config(settings: Settings) -> GenerationConfig:
-    return GenerationConfig(
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        min_p=settings.min_p,
-        repetition_penalty=settings.repetition_penalty,
-        stop_strings=tuple(settings.stop),
-        seed=settings.seed,
-    )
+    sampling = {name: getattr(settings, name) for name in BOUNDS}
+    return GenerationConfig(**sampling, stop_strings=tuple(settings.stop))

@@ -1,7 +1,7 @@
-"""What the web process and the engine process say to each other; neither torch nor Django is imported here.
+"""The messages between the web process and the engine process; neither torch nor Django is imported here.
 
-A frame is its length, four bytes big-endian, and one message in msgpack. A request is answered by events that carry
-its id, the last of them `Done` or `Failed`; a call is answered by one `Reply`.
+A frame is a length, four bytes big-endian, and one message in msgpack. A request is answered by events with its id, the
+last of them `Done` or `Failed`; a call is answered by one `Reply`.
 """
 
 import struct
@@ -11,13 +11,13 @@ import msgspec
 
 from babl.errors import UserError
 
-MOST_NEW_TOKENS = 8192  # of one answer: room for all of them is reserved when it begins
-MOST_FRAME = 16 << 20  # bytes
-MOST_STOPS = 16
-MOST_STOP = 1000  # characters of one
-LEAST_TEMPERATURE = 0.001  # of those above 0: logits divided by less are no longer finite
-BOUNDS: dict[str, tuple[float, float]] = {  # of `Settings`, both included
-    "max_new_tokens": (1, MOST_NEW_TOKENS),
+MAX_NEW_TOKENS = 8192  # of one answer: memory for all of them is reserved when it begins
+MAX_FRAME = 16 << 20  # bytes
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1000  # of each
+MIN_TEMPERATURE = 0.001  # above 0: logits divided by less are no longer finite
+BOUNDS: dict[str, tuple[float, float]] = {  # of `Settings`, inclusive
+    "max_new_tokens": (1, MAX_NEW_TOKENS),
     "temperature": (0, 100),
     "top_k": (0, 2**31 - 1),
     "top_p": (1e-6, 1),
@@ -39,23 +39,23 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How an answer is chosen, as in `babl.generation.GenerationConfig`.
+    """Sampling settings of an answer, by the names of `babl.generation.GenerationConfig`.
 
-    The one place where settings are checked, whether they come from the page, the API or an imported file: what is out
-    of `BOUNDS` cannot be made or decoded, so whatever is stored or sent can be encoded and read by the engine.
+    Settings are checked here alone, whether they come from the page, the API or an imported file: values out of
+    `BOUNDS` cannot be constructed or decoded, so whatever is stored or sent can be encoded, and read by the engine.
 
     Attributes:
-        max_new_tokens: At most `MOST_NEW_TOKENS`.
-        temperature: 0 takes the likeliest token.
+        max_new_tokens: At most `MAX_NEW_TOKENS`.
+        temperature: 0 for greedy decoding.
         top_k: 0 for all.
-        top_p: Of the probability mass.
+        top_p: Share of the probability mass.
         min_p: Share of the likeliest token's probability.
         repetition_penalty: 1 for none.
-        seed: Of what is drawn.
+        seed: Of the sampling.
         stop: The answer ends before the first of these.
 
     Raises:
-        UserError: A value is out of bounds; decoding raises `msgspec.ValidationError`, which also tells where.
+        UserError: A value is out of bounds; decoding raises `msgspec.ValidationError`, which also names the path.
     """
 
     max_new_tokens: int = 256
@@ -72,13 +72,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             value = getattr(self, name)
             if not least <= value <= most:  # NaN is not, either
                 raise UserError(f"{name} is {value}, expected {least} to {most}")
-        if 0 < self.temperature < LEAST_TEMPERATURE:
-            raise UserError(f"temperature is {self.temperature}, expected 0, or at least {LEAST_TEMPERATURE}")
-        if len(self.stop) > MOST_STOPS:
-            raise UserError(f"stop has {len(self.stop)} strings, expected at most {MOST_STOPS}")
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise UserError(f"temperature is {self.temperature}, expected 0, or at least {MIN_TEMPERATURE}")
+        if len(self.stop) > MAX_STOPS:
+            raise UserError(f"stop has {len(self.stop)} strings, expected at most {MAX_STOPS}")
         for length in map(len, self.stop):
-            if not 1 <= length <= MOST_STOP:
-                raise UserError(f"stop has a string of {length} characters, expected 1 to {MOST_STOP}")
+            if not 1 <= length <= MAX_STOP_CHARACTERS:
+                raise UserError(f"stop has a string of {length} characters, expected 1 to {MAX_STOP_CHARACTERS}")
 
 
 class ChatRequest(msgspec.Struct, frozen=True, tag="chat"):
@@ -88,10 +88,10 @@ class ChatRequest(msgspec.Struct, frozen=True, tag="chat"):
         id: Unique among requests.
         model: A name from `models()`.
         messages: In order.
-        settings: Of the answer.
-        context: A passage the last message is about; the answer is located in it.
-        user: Whose turn it is in the queue; users take turns.
-        likeliest: As in `babl.generation.GenerationConfig`.
+        settings: Sampling settings.
+        context: A passage that the last message is about; the answer is located in it.
+        user: Who asks; users take turns in the queue.
+        likeliest: See `babl.generation.GenerationConfig`.
     """
 
     id: str
@@ -104,10 +104,10 @@ class ChatRequest(msgspec.Struct, frozen=True, tag="chat"):
 
 
 class CompletionRequest(msgspec.Struct, frozen=True, tag="completion"):
-    """A text to continue, or ids, read as they are; attributes as of `ChatRequest`.
+    """A text, or ids, to continue as they are; attributes as in `ChatRequest`.
 
     Attributes:
-        echo: Whether the prompt's tokens are scored, too.
+        echo: Whether to score the prompt's tokens, too.
     """
 
     id: str
@@ -120,9 +120,9 @@ class CompletionRequest(msgspec.Struct, frozen=True, tag="completion"):
 
 
 class QARequest(msgspec.Struct, frozen=True, tag="qa"):
-    """A question in the words of training, with its context or without; attributes as of `ChatRequest`.
+    """A question in the prompt format of training, with or without context; attributes as in `ChatRequest`.
 
-    A context too long for the model is read through windows; the likeliest of their answers is the answer.
+    A context too long for the model is read in windows; the likeliest of their answers is the answer.
     """
 
     id: str
@@ -137,14 +137,14 @@ Request = ChatRequest | CompletionRequest | QARequest
 
 
 class Queued(msgspec.Struct, frozen=True, tag="queued"):
-    """The request waits; `position` others are before it."""
+    """The request is queued after `position` others."""
 
     id: str
     position: int
 
 
 class Loading(msgspec.Struct, frozen=True, tag="loading"):
-    """The request waits for its model to be read into memory."""
+    """The request waits for its model to be loaded."""
 
     id: str
     model: str
@@ -156,8 +156,8 @@ class Reading(msgspec.Struct, frozen=True, tag="reading"):
     Attributes:
         id: Of the request.
         prompt_tokens: Read, in all windows together.
-        windows: Prompts the context is read through; 1 where it fits.
-        cut_tokens: Of what was sent and is not read: earlier messages without room, or that the model has no place for.
+        windows: Prompts that the context is read in; 1 if it fits.
+        cut_tokens: Sent, but not read: of earlier messages that do not fit, or beyond what the model can see.
     """
 
     id: str
@@ -181,12 +181,12 @@ class Delta(msgspec.Struct, frozen=True, tag="delta"):
 
 
 class TokenScore(msgspec.Struct, frozen=True, array_like=True):
-    """A token and what the model thought of it where it stands, as `babl.generation.row.Scored`, in text.
+    """A token's score where it stands, as `babl.generation.row.Scored`, with texts for ids.
 
     Attributes:
-        text: Of the token, after those before it.
+        text: Of the token, after the ones before it.
         log_prob: Natural logarithm of its probability; None for the first of a prompt.
-        likeliest: Texts of the likeliest tokens there, and theirs.
+        likeliest: Texts and log-probabilities of the likeliest tokens there.
     """
 
     text: str
@@ -195,20 +195,20 @@ class TokenScore(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """The answer is whole, or was stopped.
+    """The answer is complete, or was cancelled.
 
     Attributes:
         id: Of the request.
-        text: The answer; empty where a model says that a question has none.
+        text: The answer; empty if the model says that the question has none.
         finish: Why it ended.
-        tokens: Written, the end token included.
+        tokens: Written, including the end token.
         log_prob: Natural logarithm of the probability of the tokens.
         probability: Its exponential.
-        span: Code points [start, end) of the answer in the context; None where it is nowhere in it, or there is none.
-        seconds: From the moment the model began to read.
+        span: Code points [start, end) of the answer in the context; None if it does not occur there, or has no context.
+        seconds: Since the model began to read.
         weights: The first 12 hex digits of the sha256 of the model's weights.
         tokenizer: Likewise, of its tokenizer.
-        scored: Tokens, where that was asked for: the prompt's if they are echoed, then those written.
+        scored: Tokens, if requested: the prompt's if it is echoed, then those written.
     """
 
     id: str
@@ -229,10 +229,10 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
     Attributes:
         id: Of the request, or of the call.
-        code: "model": it cannot be loaded; "busy": the queue is full; "prompt": what was sent cannot be answered;
-            "broken": the model's logits are no numbers; "engine": the process broke down, and is started again.
+        code: "model": it cannot be loaded; "busy": the queue is full; "prompt": the request cannot be answered;
+            "broken": the model's logits are not finite; "engine": the process crashed, and is restarted.
         message: One line for the user.
-        retry_after: Seconds until there may be room, where it is busy.
+        retry_after: Seconds until there may be room, if it is busy.
     """
 
     id: str
@@ -245,13 +245,13 @@ Event = Queued | Loading | Reading | Delta | Done | Failed
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """The request with this id ends at the next step, wherever it is."""
+    """Cancels the request with this id at the next step."""
 
     id: str
 
 
-class Count(msgspec.Struct, frozen=True, tag="count"):
-    """Asks for `Counted` of a request that is not sent yet."""
+class CountTokens(msgspec.Struct, frozen=True, tag="count"):
+    """Asks for the `TokenCount` of a request."""
 
     id: str
     request: Request
@@ -264,14 +264,14 @@ class ListModels(msgspec.Struct, frozen=True, tag="models"):
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
-    """Asks for the model in memory."""
+    """Asks to load a model."""
 
     id: str
     model: str
 
 
 class Unload(msgspec.Struct, frozen=True, tag="unload"):
-    """Asks for the model out of memory."""
+    """Asks to unload a model."""
 
     id: str
     model: str
@@ -283,14 +283,14 @@ class GetStats(msgspec.Struct, frozen=True, tag="stats"):
     id: str
 
 
-class Counted(msgspec.Struct, frozen=True, tag="counted"):
-    """What a request would take, by the tokenizer of its model.
+class TokenCount(msgspec.Struct, frozen=True, tag="counted"):
+    """The tokens that a request would take, by the tokenizer of its model.
 
     Attributes:
-        prompt_tokens: That would be read, in all windows together.
+        prompt_tokens: To be read, in all windows together.
         limit: Most tokens of one prompt.
-        cut_tokens: That would not be read.
-        windows: Prompts the context would be read through.
+        cut_tokens: Not to be read.
+        windows: Prompts that the context would be read in.
     """
 
     prompt_tokens: int
@@ -303,14 +303,14 @@ class ModelState(msgspec.Struct, frozen=True):
     """A model folder.
 
     Attributes:
-        name: What requests call it.
-        family: "t5", "llama" or "bloom"; empty where it is unusable.
+        name: As in requests.
+        family: "t5", "llama" or "bloom"; empty if it is unusable.
         parameters: How many.
         bytes: Of its weight files.
-        context: Most tokens it can see; None where its architecture has no bound.
-        state: Whether it is in memory, and whether it can be.
-        memory: Bytes its weights take, or would take.
-        needed: Bytes that must be free to load it and to talk to it.
+        context: Most tokens it can see; None if its architecture has no bound.
+        state: Whether it is loaded, or can be.
+        memory: Bytes that its weights take, or would take.
+        needed: Bytes that must be free to load and use it.
         free: Bytes that are free where it would be loaded.
         reason: Why it is unusable.
     """
@@ -334,13 +334,13 @@ class ModelStates(msgspec.Struct, frozen=True, tag="states"):
 
 
 class Stats(msgspec.Struct, frozen=True, tag="figures"):
-    """How the engine process is.
+    """Figures of the engine process.
 
     Attributes:
         waiting: Requests in the queue.
         running: Requests being answered.
-        steps: Of decoders, since the process began.
-        rss: Bytes of memory the process has.
+        steps: Of decoding, since the process started.
+        rss: Bytes of resident memory.
         pid: Of the process.
     """
 
@@ -355,16 +355,16 @@ class Reply(msgspec.Struct, frozen=True, tag="reply"):
     """The answer to the call with this id."""
 
     id: str
-    result: Counted | ModelStates | Stats | Failed
+    result: TokenCount | ModelStates | Stats | Failed
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The engine process takes requests; its first word."""
+    """The engine process takes requests; its first message."""
 
     pid: int
 
 
-ToEngine = ChatRequest | CompletionRequest | QARequest | Cancel | Count | ListModels | Load | Unload | GetStats
+ToEngine = ChatRequest | CompletionRequest | QARequest | Cancel | CountTokens | ListModels | Load | Unload | GetStats
 FromEngine = Queued | Loading | Reading | Delta | Done | Failed | Reply | Ready
 
 _HEADER = struct.Struct(">I")
@@ -372,52 +372,52 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def frame(message: msgspec.Struct) -> bytes:
-    """Returns the message with its length before it.
+    """Returns the message as a frame.
 
     Raises:
-        ValueError: It has more than `MOST_FRAME` bytes, or a value that msgpack has no form for.
+        ValueError: It has more than `MAX_FRAME` bytes, or a value that msgpack cannot encode.
     """
     try:
         body = _encoder.encode(message)
     except (OverflowError, TypeError, ValueError) as error:  # such as an integer beyond 64 bits, or half a surrogate
         raise ValueError(f"the message cannot be encoded ({error})") from None
-    if len(body) > MOST_FRAME:
-        raise ValueError(f"the message has {len(body)} bytes, expected at most {MOST_FRAME}")
+    if len(body) > MAX_FRAME:
+        raise ValueError(f"the message has {len(body)} bytes, expected at most {MAX_FRAME}")
     return _HEADER.pack(len(body)) + body
 
 
-class Unreadable(msgspec.Struct, frozen=True):
-    """Stands for a frame that is whole and says whose it is, but is no message: only that request or call fails."""
+class BadFrame(msgspec.Struct, frozen=True):
+    """A complete frame with an id that is not a valid message: only that request or call fails."""
 
     id: str
     reason: str
 
 
-class _Named(msgspec.Struct):
-    """What all messages of requests and calls have."""
+class _WithId(msgspec.Struct):
+    """The field that all messages of requests and calls have."""
 
     id: str
 
 
 class Frames:
-    """Messages out of bytes that come in pieces of any size."""
+    """Decodes messages from bytes that arrive in pieces of any size."""
 
     def __init__(self, types: object):
         self._decoder: msgspec.msgpack.Decoder = msgspec.msgpack.Decoder(types)  # type: ignore[call-overload]
         self._bytes = bytearray()
 
     def feed(self, data: bytes) -> list:
-        """Returns the messages that are whole now, in order; `Unreadable` for one that is none but has an id.
+        """Returns the messages that are complete now, in order, with a `BadFrame` for an invalid one that has an id.
 
         Raises:
-            ValueError: A frame is too long, or has no id; the other end does not speak this protocol.
+            ValueError: A frame is too long, or has no id: the other end does not speak this protocol.
         """
         self._bytes += data
         found = []
         while len(self._bytes) >= _HEADER.size:
             (size,) = _HEADER.unpack_from(self._bytes)
-            if size > MOST_FRAME:
-                raise ValueError(f"a frame of {size} bytes, expected at most {MOST_FRAME}")
+            if size > MAX_FRAME:
+                raise ValueError(f"a frame of {size} bytes, expected at most {MAX_FRAME}")
             end = _HEADER.size + size
             if len(self._bytes) < end:
                 break
@@ -425,13 +425,13 @@ class Frames:
             del self._bytes[:end]
             try:
                 found.append(self._decoder.decode(body))
-            except (ValueError, RecursionError) as error:  # msgspec's and UnicodeDecodeError are ValueErrors
-                found.append(Unreadable(_id_of(body), str(error)))
+            except (ValueError, RecursionError) as error:  # msgspec's errors and UnicodeDecodeError are ValueErrors
+                found.append(BadFrame(_id_of(body), str(error)))
         return found
 
 
 def _id_of(body: bytes) -> str:
     try:
-        return msgspec.msgpack.decode(body, type=_Named).id
+        return msgspec.msgpack.decode(body, type=_WithId).id
     except (ValueError, RecursionError) as error:
         raise ValueError(f"a frame is not a message ({error})") from None

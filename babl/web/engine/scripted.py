@@ -1,4 +1,4 @@
-"""An engine without models, for tests and loads: it writes what the prompt says, as slowly as the prompt says.
+"""An engine without models, for tests and load tests: it writes what the prompt says, as slowly as the prompt says.
 
 A prompt may begin with words such as `tokens=500 delay=0.05`; the rest of it, over and over, is the answer:
 
@@ -19,10 +19,10 @@ from typing import get_args
 import psutil
 
 from babl.errors import UserError
+from babl.web.engine.fair_queue import MAX_RUNNING, MAX_WAITING, FairQueue, queue_full
 from babl.web.engine.protocol import (
     ChatRequest,
     CompletionRequest,
-    Counted,
     Delta,
     Done,
     Event,
@@ -35,17 +35,17 @@ from babl.web.engine.protocol import (
     Reading,
     Request,
     Stats,
+    TokenCount,
 )
 from babl.web.engine.spans import locate
-from babl.web.engine.turns import MOST_RUNNING, MOST_WAITING, Turns
 
 SETTING = re.compile(r"(tokens|after)=\d+|(delay|loading|reading)=(\d+\.?\d*|\.\d+)|fail=[a-z]+")
-CONTEXT = 4096  # words it claims to read
+CONTEXT = 4096  # words that it claims to read
 MODEL = "scripted"
 
 
-def asked(request: Request) -> str:
-    """Returns the text that is the script."""
+def script_of(request: Request) -> str:
+    """Returns the text of a request that is its script."""
     if isinstance(request, ChatRequest):
         return request.messages[-1].content if request.messages else ""
     if isinstance(request, CompletionRequest):
@@ -54,7 +54,7 @@ def asked(request: Request) -> str:
 
 
 def parse(text: str) -> tuple[dict[str, str], list[str]]:
-    """Returns what the words at the beginning set, and the words behind them."""
+    """Returns the settings at the beginning of a script, and the words after them."""
     words, script = text.split(), {}
     while words and SETTING.fullmatch(words[0]):
         key, _, value = words.pop(0).partition("=")
@@ -62,41 +62,38 @@ def parse(text: str) -> tuple[dict[str, str], list[str]]:
     return script, words or ["word"]
 
 
-class Scripted:
-    """Stands for a `Scheduler`; arguments as there, besides that there are no folders."""
+class ScriptedScheduler:
+    """Takes the place of a `Scheduler`; the arguments are the same, without folders."""
 
-    def __init__(
-        self, emit: Callable[[Event], None], most_waiting: int = MOST_WAITING, most_running: int = MOST_RUNNING
-    ):
-        self.emit, self.most_waiting, self.most_running = emit, most_waiting, most_running
+    def __init__(self, emit: Callable[[Event], None], max_waiting: int = MAX_WAITING, max_running: int = MAX_RUNNING):
+        self.emit, self.max_waiting, self.max_running = emit, max_waiting, max_running
         self.loaded = False
         self.steps = 0
-        self._waiting: Turns[Request] = Turns()
+        self._waiting: FairQueue[Request] = FairQueue()
         self._running: dict[str, asyncio.Task[None]] = {}
         self._written: dict[str, list[str]] = {}
         self._drained: Callable[[], Awaitable[None]]
 
     def submit(self, request: Request) -> None:
-        """As `Scheduler.submit`."""
+        """See `Scheduler.submit`."""
         if request.id in self._running or any(waiting.id == request.id for waiting in self._waiting):
             return
-        if len(self._waiting) >= self.most_waiting:
-            message = f"{len(self._waiting)} requests are waiting already; ask again later"
-            self.emit(Failed(request.id, "busy", message, 1.0))
+        if len(self._waiting) >= self.max_waiting:
+            self.emit(queue_full(request.id, len(self._waiting), 1.0))
             return
         self._waiting.add(request)
         self.emit(Queued(request.id, [waiting.id for waiting in self._waiting].index(request.id)))
-        self._admit()
+        self._start_waiting()
 
-    def _admit(self) -> None:
-        while len(self._running) < self.most_running:
+    def _start_waiting(self) -> None:
+        while len(self._running) < self.max_running:
             request = self._waiting.take(lambda _: True)
             if request is None:
                 return
             self._running[request.id] = asyncio.create_task(self._answer(request))
 
     def cancel(self, id: str) -> None:
-        """As `Scheduler.cancel`."""
+        """See `Scheduler.cancel`."""
         if self._waiting.remove(id) is not None:
             self.emit(Done(id, "", "cancelled"))
         elif id in self._running:
@@ -104,40 +101,40 @@ class Scripted:
             self._end(id, Done(id, "".join(self._written.get(id, [])), "cancelled", len(self._written.get(id, []))))
 
     def cancel_all(self) -> None:
-        """As `Scheduler.cancel_all`."""
+        """See `Scheduler.cancel_all`."""
         for id in [*(waiting.id for waiting in self._waiting), *self._running]:
             self.cancel(id)
 
-    async def count(self, request: Request) -> Counted:
-        """Returns the number of words."""
-        _, words = parse(asked(request))
+    async def count(self, request: Request) -> TokenCount:
+        """Returns the number of words, as tokens."""
+        _, words = parse(script_of(request))
         context = getattr(request, "context", None) or ""
         number = len(words) + len(context.split())
-        return Counted(min(number, CONTEXT), CONTEXT, max(0, number - CONTEXT), 1)
+        return TokenCount(min(number, CONTEXT), CONTEXT, max(0, number - CONTEXT), 1)
 
     async def models(self) -> list[ModelState]:
-        """Returns the one there is."""
+        """Returns the only model."""
         return [ModelState(MODEL, "llama", 0, 0, CONTEXT, "loaded" if self.loaded else "unloaded")]
 
     async def load(self, model: str) -> None:
-        """It says so from now on."""
+        """Says that the model is loaded from now on."""
         if model != MODEL:
             raise UserError(f"no model {model!r}")
         self.loaded = True
 
     async def unload(self, model: str) -> None:
-        """It says so from now on."""
+        """Says that the model is unloaded from now on."""
         if self._running:
             raise UserError(f"{model} is writing {len(self._running)} answers; stop them first")
         self.loaded = False
 
     async def stats(self) -> Stats:
-        """Returns how the process is."""
+        """Returns figures of the process."""
         rss = psutil.Process().memory_info().rss
         return Stats(len(self._waiting), len(self._running), self.steps, rss, os.getpid())
 
     async def run(self, drained: Callable[[], Awaitable[None]]) -> None:
-        """Never returns; the work is done by tasks of the requests."""
+        """Never returns; each request has a task of its own."""
         self._drained = drained
         await asyncio.get_running_loop().create_future()
 
@@ -145,11 +142,11 @@ class Scripted:
         self.emit(event)
         self._running.pop(id, None)
         self._written.pop(id, None)
-        self._admit()
+        self._start_waiting()
 
     async def _answer(self, request: Request) -> None:
         loop = asyncio.get_running_loop()
-        script, words = parse(asked(request))
+        script, words = parse(script_of(request))
         context = getattr(request, "context", None) or None
         if context:
             words = context.split()

@@ -1,4 +1,4 @@
-"""Where in its context an answer stands."""
+"""Locates an answer in its context."""
 
 import re
 import unicodedata
@@ -9,14 +9,14 @@ Span = tuple[int, int]
 
 
 def locate(answer: str, context: str, window: Span | None = None) -> Span | None:
-    """Returns the code points [start, end) of the context that are the answer, or None where it is nowhere in it.
+    """Returns the code points [start, end) of the answer in the context, or None if it does not occur there.
 
-    The same characters are looked for first, then the same words, whatever their case, punctuation, articles and
-    spaces. Of several places the first one inside the window is taken, and the first one of all where it has none.
+    The same characters are looked for first, then the same words regardless of case, punctuation, articles and spaces.
+    Of several places, the first inside the window counts, else the first of all.
 
     Args:
-        answer: As the model wrote it.
-        context: As the user sent it.
+        answer: As written by the model.
+        context: As sent by the user.
         window: The part of the context that the model saw, in code points.
     """
     if not answer.strip():
@@ -30,7 +30,7 @@ def locate(answer: str, context: str, window: Span | None = None) -> Span | None
 
 
 def _same_characters(answer: str, context: str) -> Iterator[Span]:
-    """Yields where the answer stands as it is; as whole words first, so that "man" is not found in "many"."""
+    """Yields exact matches: whole words first, so that "man" is not found in "many"."""
     inside = []
     at = context.find(answer)
     while at >= 0:
@@ -44,7 +44,7 @@ def _same_characters(answer: str, context: str) -> Iterator[Span]:
 
 
 def _whole(span: Span, context: str) -> bool:
-    """Whether no word goes on beyond either end."""
+    """Returns whether the span begins and ends at word boundaries."""
     start, end = span
     goes_on = [0 < at < len(context) and context[at - 1].isalnum() and context[at].isalnum() for at in (start, end)]
     return not any(goes_on)
@@ -61,7 +61,7 @@ def _same_words(answer: str, context: str) -> Iterator[Span]:
 
 
 def _words(text: str) -> Iterator[tuple[str, Span]]:
-    """Yields each word but the articles, compatible characters made equal and case gone, with its code points."""
+    """Yields each word except articles, normalized (NFKC) and casefolded, with its code points."""
     for match in re.finditer(r"\w+", text):
         word = unicodedata.normalize("NFKC", match[0]).casefold()
         if word not in _ARTICLES:

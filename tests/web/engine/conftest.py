@@ -118,7 +118,7 @@ def client(loop, folder):
 
 
 class Hand:
-    """Turns a scheduler by hand, and keeps its events."""
+    """FairQueue a scheduler by hand, and keeps its events."""
 
     def __init__(self, folder, **options):
         self.events = {}
@@ -136,16 +136,16 @@ class Hand:
 
     def endless(self, model):
         """The model never writes its end."""
-        engine = self.scheduler._desks[model].loaded.engine
+        engine = self.scheduler._workers[model].loaded.engine
         engine.hook = lambda logits: logits.index_fill(-1, torch.tensor([engine.tokenizer.eos_id]), -1e9)
 
-    def turn(self, times=1):
+    def step(self, times=1):
         for _ in range(times):
-            self.scheduler.turn()
+            self.scheduler.step()
 
     async def finish(self, *ids):
         while not all(isinstance(self.events[id][-1], Done | Failed) for id in ids):
-            if not self.scheduler.turn():
+            if not self.scheduler.step():
                 await asyncio.sleep(0.002)
 
     def kinds(self, id):

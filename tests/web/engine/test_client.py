@@ -20,8 +20,8 @@ from babl.models.build import ModelConfig, build_model
 from babl.models.weights import save_pretrained
 from babl.text import train_tokenizer
 from babl.web.engine import client as client_module
+from babl.web.engine.channel import Channel
 from babl.web.engine.client import EngineClient, EngineError
-from babl.web.engine.line import Line
 from babl.web.engine.protocol import Cancel, Delta, Done, Failed, FromEngine, Loading, Queued, Reading, Ready, Settings
 
 FAMILIES = ("t5", "llama", "bloom")
@@ -233,21 +233,23 @@ def test_who_asks_for_the_memory_may_go_away(started, loop, answer, chat):
 
 @pytest.fixture
 def process(loop, tmp_path):
-    """A scripted engine process at a socket of the test: its line, the messages it sends, and the process."""
-    messages, lines = asyncio.Queue(), asyncio.Queue()
+    """A scripted engine process at a socket of the test: its channel, the messages it sends, and the process."""
+    messages, channels = asyncio.Queue(), asyncio.Queue()
 
     async def start():
-        def line():
-            return Line(FromEngine, messages.put_nowait, lambda error: messages.put_nowait(None), lines.put_nowait)
+        def channel():
+            return Channel(
+                FromEngine, messages.put_nowait, lambda error: messages.put_nowait(None), channels.put_nowait
+            )
 
-        server = await asyncio.get_running_loop().create_unix_server(line, str(tmp_path / "socket"))
+        server = await asyncio.get_running_loop().create_unix_server(channel, str(tmp_path / "socket"))
         command = [sys.executable, "-m", "babl.web.engine.process", "--socket", str(tmp_path / "socket"), "--scripted"]
         started = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
         assert isinstance(await messages.get(), Ready)
-        return server, await lines.get(), started
+        return server, await channels.get(), started
 
-    server, line, started = loop.run(start())
-    yield line, messages, started
+    server, channel, started = loop.run(start())
+    yield channel, messages, started
     if started.returncode is None:
         started.kill()
     loop.run(started.wait())
@@ -255,12 +257,12 @@ def process(loop, tmp_path):
 
 
 def test_sigterm_cancels_all_answers_and_ends_the_process(process, loop, chat):
-    line, messages, started = process
+    channel, messages, started = process
 
     async def terminate():
         requests = [chat("scripted", "tokens=1000 delay=0.01 a b") for _ in range(40)]
         for request in requests:
-            line.send(request)
+            channel.send(request)
         while not isinstance(await messages.get(), Delta):
             pass
         started.terminate()
@@ -276,10 +278,10 @@ def test_sigterm_cancels_all_answers_and_ends_the_process(process, loop, chat):
 
 @pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", b"\0\0\0\x02\xc1\xc1", b"\0\0\0\0"])
 def test_a_process_that_is_sent_no_message_says_so_and_ends(process, loop, data):
-    line, messages, started = process
+    channel, messages, started = process
 
     async def send():
-        line._transport.write(data)
+        channel._transport.write(data)
         assert await messages.get() is None
         return await started.wait(), (await started.stderr.read()).decode()
 
@@ -288,22 +290,22 @@ def test_a_process_that_is_sent_no_message_says_so_and_ends(process, loop, data)
 
 
 def test_the_process_waits_for_who_does_not_keep_up(process, loop, chat):
-    line, messages, started = process
+    channel, messages, started = process
 
     def used():
         times = psutil.Process(started.pid).cpu_times()
         return times.user + times.system
 
     async def read_late():
-        line._transport.pause_reading()
+        channel._transport.pause_reading()
         for _ in range(8):
-            line.send(chat("scripted", "tokens=8192 delay=0 word", max_new_tokens=8192))
+            channel.send(chat("scripted", "tokens=8192 delay=0 word", max_new_tokens=8192))
         before = -1.0
         while used() > before:  # until its buffers are full
             before = used()
             await asyncio.sleep(0.3)
         assert messages.qsize() == 0
-        line._transport.resume_reading()
+        channel._transport.resume_reading()
         texts, ends = defaultdict(str), {}
         while len(ends) < 8:
             message = await messages.get()
@@ -319,11 +321,11 @@ def test_the_process_waits_for_who_does_not_keep_up(process, loop, chat):
 
 
 def test_a_cancel_of_an_unknown_request_changes_nothing(process, loop, chat):
-    line, messages, _ = process
+    channel, messages, _ = process
 
     async def send():
-        line.send(Cancel("nobody"))
-        line.send(chat("scripted", "tokens=1 delay=0 a"))
+        channel.send(Cancel("nobody"))
+        channel.send(chat("scripted", "tokens=1 delay=0 a"))
         while not isinstance(message := await messages.get(), Done):
             pass
         return message.text
@@ -333,7 +335,7 @@ def test_a_cancel_of_an_unknown_request_changes_nothing(process, loop, chat):
 
 @pytest.mark.parametrize("program", ["/bin/false", "/absent"])
 def test_an_engine_that_cannot_be_started_keeps_nobody_waiting(program, loop, monkeypatch, chat, answer):
-    monkeypatch.setattr(client_module, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(client_module, "RESTART_DELAYS", (0.0, 0.0))
     python = sys.executable
     monkeypatch.setattr(sys, "executable", program)
     client = EngineClient(scripted=True)
@@ -365,7 +367,7 @@ def test_a_long_tmpdir_costs_nothing_and_one_that_is_gone_is_said(loop, monkeypa
     assert not list(long.iterdir())
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     client = EngineClient(scripted=True)
-    with pytest.raises(EngineError, match=r"socket has no place .*set TMPDIR to a folder that can be written"):
+    with pytest.raises(EngineError, match=r"socket cannot be created .*set TMPDIR to a writable folder"):
         loop.run(client.start())
     (events,) = answer(client, chat("scripted", "x"))
     assert events[-1].code == "engine" and "set TMPDIR" in events[-1].message
@@ -448,7 +450,7 @@ def test_odd_folders_hide_no_others(started, tmp_path, make_model, loop, answer,
 
 
 def test_a_request_too_long_for_a_frame_is_refused(client, answer, complete, monkeypatch):
-    monkeypatch.setattr("babl.web.engine.protocol.MOST_FRAME", 1000)
+    monkeypatch.setattr("babl.web.engine.protocol.MAX_FRAME", 1000)
     (events,) = answer(client, complete("bloom", "x" * 2000))
     assert events[-1].code == "prompt" and "expected at most 1000" in events[-1].message
     assert Settings().max_new_tokens == 256

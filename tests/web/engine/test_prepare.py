@@ -38,7 +38,7 @@ def test_a_long_context_is_read_through_windows_and_nothing_of_it_is_cut(readers
     assert max(map(len, found.prompts)) <= found.limit == 256 - 64, "the answer has room in the model's context"
     assert found.windows[0][0] == 0 and found.windows[-1][1] == len(LONG)
     assert all(b[0] < a[1] for a, b in zip(found.windows, found.windows[1:], strict=False)), "they overlap"
-    counted = found.counted()
+    counted = found.count()
     assert (counted.windows, counted.prompt_tokens) == (len(found.prompts), sum(map(len, found.prompts)))
 
 
@@ -91,13 +91,13 @@ def test_a_chat_template_words_all_and_the_oldest_give_way(readers, chat):
     assert kept == list(range(kept[0], 9)) and kept[0] % 2 == 0 and len(fuller.prompts[0]) > cut.limit - 40
     whole = prepare(chat("talks", *said, system="be kind"), Reader(reader.tokenizer, "decoder"))
     assert cut.cut_tokens == whole.tokens - cut.tokens > 0
-    assert (cut.counted().cut_tokens, cut.counted().prompt_tokens) == (cut.cut_tokens, cut.tokens)
+    assert (cut.count().cut_tokens, cut.count().prompt_tokens) == (cut.cut_tokens, cut.tokens)
 
 
 def test_what_cannot_be_cut_is_counted_and_refused(readers, complete, chat):
     too_long = prepare(complete("llama", LONG * 2), readers["llama"])
-    assert too_long.counted().prompt_tokens == too_long.counted().limit == 255
-    assert too_long.counted().cut_tokens == len(too_long.prompts[0]) - 255
+    assert too_long.count().prompt_tokens == too_long.count().limit == 255
+    assert too_long.count().cut_tokens == len(too_long.prompts[0]) - 255
     with pytest.raises(UserError, match=r"the prompt has \d+ tokens, but this model reads at most 255"):
         too_long.check()
     with pytest.raises(UserError, match=f"but this model reads at most {MOST_PROMPT}"):

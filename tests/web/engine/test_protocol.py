@@ -7,8 +7,8 @@ import pytest
 
 from babl.web.engine import protocol
 from babl.web.engine.protocol import (
+    BadFrame,
     ChatRequest,
-    Counted,
     Delta,
     Done,
     Failed,
@@ -18,7 +18,7 @@ from babl.web.engine.protocol import (
     Reply,
     Settings,
     ToEngine,
-    Unreadable,
+    TokenCount,
     frame,
 )
 
@@ -28,11 +28,11 @@ EVENTS = [Delta("1", "é", 1), Done("1", "é", "eos", 2, -0.5, 0.6, (3, 4), 0.1,
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 10_000])
 def test_messages_come_through_in_pieces_of_any_size(size):
-    data = b"".join(map(frame, [*EVENTS, Reply("c", Counted(1, 2, 3, 4))]))
+    data = b"".join(map(frame, [*EVENTS, Reply("c", TokenCount(1, 2, 3, 4))]))
     frames, found = Frames(FromEngine), []
     for at in range(0, len(data), size):
         found += frames.feed(data[at : at + size])
-    assert found == [*EVENTS, Reply("c", Counted(1, 2, 3, 4))]
+    assert found == [*EVENTS, Reply("c", TokenCount(1, 2, 3, 4))]
     assert Frames(ToEngine).feed(frame(REQUEST)) == [REQUEST]
 
 
@@ -63,7 +63,7 @@ def test_what_is_no_message_is_refused(body, message):
 def test_a_whole_frame_that_is_no_message_is_its_requests_alone(wrong):
     body = msgspec.msgpack.encode(wrong)
     before, bad, after = Frames(ToEngine).feed(frame(REQUEST) + struct.pack(">I", len(body)) + body + frame(REQUEST))
-    assert (before, after) == (REQUEST, REQUEST) and isinstance(bad, Unreadable) and bad.id == "3"
+    assert (before, after) == (REQUEST, REQUEST) and isinstance(bad, BadFrame) and bad.id == "3"
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_settings_out_of_bounds_are_named(settings, message):
 
 
 def test_what_cannot_be_encoded_is_no_frame():
-    for wrong in (Delta("1", "\ud800", 1), Counted(2**64, 0, 0, 0)):
+    for wrong in (Delta("1", "\ud800", 1), TokenCount(2**64, 0, 0, 0)):
         with pytest.raises(ValueError, match="the message cannot be encoded"):
             frame(wrong)
 
@@ -101,7 +101,7 @@ def test_what_cannot_be_encoded_is_no_frame():
 def test_a_frame_has_a_longest_length(monkeypatch):
     with pytest.raises(ValueError, match="a frame of 4294967295 bytes, expected at most 16777216"):
         Frames(ToEngine).feed(b"\xff\xff\xff\xff")
-    monkeypatch.setattr(protocol, "MOST_FRAME", 30)
+    monkeypatch.setattr(protocol, "MAX_FRAME", 30)
     with pytest.raises(ValueError, match="expected at most 30"):
         frame(REQUEST)
 

@@ -90,7 +90,7 @@ def test_the_probability_of_an_answer_is_that_of_the_line_shown(hand, shared, lo
         for passage in (context[:36], context)
     ]
     loop.run(made.finish(*made.submit(*requests)))
-    reader = made.scheduler._desks[model].loaded.reader
+    reader = made.scheduler._workers[model].loaded.reader
     for request in requests:
         done, found = made.last(request.id), []
         for prompt in prepare(request, reader).prompts:
@@ -119,7 +119,7 @@ def test_requests_that_come_at_any_time_are_each_answered_as_alone(hand, loop, c
     made, ids = hand(model), []
     for i, request in enumerate(requests()):
         ids += made.submit(request)
-        made.turn(i % 4)
+        made.step(i % 4)
     loop.run(made.finish(*ids))
     alone = hand(model)
     for id, request in zip(ids, requests(), strict=True):
@@ -134,10 +134,10 @@ def test_chats_that_come_together_are_written_together(hand, loop, complete):
     made = hand("bloom")
     made.endless("bloom")
     ids = made.submit(*(complete("bloom", "the fox", max_new_tokens=40, seed=i, temperature=1.0) for i in range(8)))
-    made.turn(12)
+    made.step(12)
     assert [len(task.rows[0].ids) for task in made.scheduler._running()] == [12] * 8
     (late,) = made.submit(complete("bloom", "a book", max_new_tokens=40))
-    made.turn(12)
+    made.step(12)
     assert 20 <= len(made.scheduler._running()[0].rows[0].ids) <= 24, "who comes later does not stop them"
     loop.run(made.finish(*ids, late))
     assert made.scheduler.steps <= 12 + 40 + 2, "and is written with them"
@@ -147,27 +147,27 @@ def test_hundreds_of_windows_hold_nobody_up(hand, loop, ask, chat):
     made = hand("t5")
     many, brief = made.submit(ask("t5", "who?", LONG * 150, user="a"), chat("t5", "who?", user="b", max_new_tokens=3))
     loop.run(made.finish(brief))
-    reading = len(made.scheduler._desks["t5"].reading)
+    reading = len(made.scheduler._workers["t5"].reading)
     assert reading > 20 and made.scheduler.steps < 20
     made.scheduler.cancel(many)
-    assert not made.scheduler._desks["t5"].reading
+    assert not made.scheduler._workers["t5"].reading
 
 
 def test_answers_wait_until_there_is_memory_for_their_keys_and_values(hand, folder, complete, monkeypatch):
     made = hand("bloom")
     made.endless("bloom")
-    tokens = len(made.scheduler._desks["bloom"].loaded.reader.tokenizer.encode("the fox")) + 100
+    tokens = len(made.scheduler._workers["bloom"].loaded.reader.tokenizer.encode("the fox")) + 100
     config = json.loads((folder / "bloom" / "config.json").read_text())
     a_row = 2 * config["n_layer"] * config["hidden_size"] * 4 * tokens  # keys and values in fp32
     monkeypatch.setattr(scheduler_module, "free_memory", lambda device: SPARE + 3 * a_row + a_row // 2)
     ids = made.submit(*(complete("bloom", "the fox", max_new_tokens=100, user=str(i)) for i in range(8)))
     seen = 0
     while not all(isinstance(made.last(id), Done) for id in ids):
-        made.turn(1)
+        made.step(1)
         seen = max(seen, len(made.scheduler._running()))
     assert seen == 3 and all(made.last(id).tokens == 100 for id in ids)
     (large,) = made.submit(complete("bloom", "the fox", max_new_tokens=1000))
-    made.turn(1)
+    made.step(1)
     needed = -(-a_row * (tokens + 900) // tokens >> 20)
     said = f"the answer needs {needed} MiB for its keys and values, but {3 * a_row + a_row // 2 >> 20} MiB are free"
     assert (made.last(large).code, said in made.last(large).message) == ("prompt", True), made.last(large)
@@ -178,15 +178,15 @@ def test_models_take_turns(hand, loop, complete):
     made.endless("bloom")
     made.endless("t5")
     ids = made.submit(*(complete(model, "the fox", max_new_tokens=30) for model in ("bloom", "t5")))
-    made.turn(20)
-    written = [len(task.rows[0].ids) for desk in made.scheduler._desks.values() for task in desk.tasks]
+    made.step(20)
+    written = [len(task.rows[0].ids) for worker in made.scheduler._workers.values() for task in worker.tasks]
     assert written == [10, 10]
     loop.run(made.finish(*ids))
 
 
 def test_a_span_is_code_points_of_the_context(hand, loop, ask, chat):
     made = hand("t5")
-    engine = made.scheduler._desks["t5"].loaded.engine
+    engine = made.scheduler._workers["t5"].loaded.engine
     wanted = iter([*engine.tokenizer.encode("old rivers"), engine.tokenizer.eos_id] * 3)
     engine.hook = lambda logits: logits.index_fill(-1, torch.tensor([next(wanted)]), 1e9)
     for context, span in (
@@ -204,10 +204,10 @@ def test_a_span_is_code_points_of_the_context(hand, loop, ask, chat):
 
 
 def test_a_cancel_is_seen_at_the_next_step_in_every_state(hand, loop, folder, complete, monkeypatch):
-    made = hand("bloom", most_running=2)
+    made = hand("bloom", max_running=2)
     made.endless("bloom")
     first, second, third = made.submit(*(complete("bloom", "the fox", user=u, max_new_tokens=500) for u in "abc"))
-    made.turn(5)
+    made.step(5)
     steps, written = made.scheduler.steps, made.text(first)
     made.scheduler.cancel(first)  # while it is written
     assert made.last(first).finish == "cancelled" and made.last(first).text.startswith(written)
@@ -216,21 +216,21 @@ def test_a_cancel_is_seen_at_the_next_step_in_every_state(hand, loop, folder, co
     assert set(made.kinds(third)[:-1]) == {"Queued"} and made.last(third).finish == "cancelled"
     assert made.last(third).text == ""
     assert made.scheduler.steps == steps, "no step was needed"
-    made.turn()
-    assert len(made.scheduler._desks["bloom"].writing[False].rows) == 1, "nor is one spent on it"
+    made.step()
+    assert len(made.scheduler._workers["bloom"].writing[False].rows) == 1, "nor is one spent on it"
     made.scheduler.cancel(second)
-    made.turn(3)
+    made.step(3)
     assert made.scheduler.steps == steps + 1 and not made.scheduler._running()
-    assert not made.scheduler._desks["bloom"].writing, "what they had in memory is given back"
+    assert not made.scheduler._workers["bloom"].writing, "what they had in memory is given back"
 
-    made.scheduler._desks["bloom"].read_tokens = 64  # as on a slow machine
+    made.scheduler._workers["bloom"].read_tokens = 64  # as on a slow machine
     (reading,) = made.submit(complete("bloom", LONG * 8, max_new_tokens=500))
-    made.turn(2)
-    assert made.kinds(reading) == ["Queued", "Reading"] and not made.scheduler._desks["bloom"].reading[0].read
+    made.step(2)
+    assert made.kinds(reading) == ["Queued", "Reading"] and not made.scheduler._workers["bloom"].reading[0].read
     made.scheduler.cancel(reading)
     assert made.last(reading).finish == "cancelled" and made.last(reading).tokens == 0
     steps = made.scheduler.steps
-    made.turn(3)
+    made.step(3)
     assert made.scheduler.steps == steps
 
     gate, load = threading.Event(), models.load_model
@@ -238,15 +238,15 @@ def test_a_cancel_is_seen_at_the_next_step_in_every_state(hand, loop, folder, co
 
     async def cancelled_while_loading():
         (loading,) = made.submit(complete("t5", "the fox"))
-        made.turn()
+        made.step()
         await asyncio.sleep(0.01)
         assert made.kinds(loading) == ["Queued", "Loading"]
         made.scheduler.cancel(loading)
         assert made.last(loading).finish == "cancelled"
         gate.set()
-        while "t5" not in made.scheduler._desks:
+        while "t5" not in made.scheduler._workers:
             await asyncio.sleep(0.01)
-        made.turn(2)
+        made.step(2)
         assert made.kinds(loading) == ["Queued", "Loading", "Done"]
 
     loop.run(cancelled_while_loading())
@@ -270,9 +270,9 @@ def test_others_go_on_while_a_model_is_loaded(hand, loop, complete, monkeypatch)
 
 
 def test_users_take_turns_and_none_has_all_the_places(hand, loop, complete):
-    made = hand("bloom", most_running=4)
+    made = hand("bloom", max_running=4)
     greedy = made.submit(*(complete("bloom", "the fox", user="a", max_new_tokens=6) for _ in range(12)))
-    made.turn(2)
+    made.step(2)
     assert len(made.scheduler._running()) == 2
     (modest,) = made.submit(complete("bloom", "a book", user="b", max_new_tokens=6))
     assert made.events[modest][0] == Queued(modest, 1), "one of each user in turn"
@@ -284,7 +284,7 @@ def test_users_take_turns_and_none_has_all_the_places(hand, loop, complete):
 
 
 def test_a_full_queue_refuses_with_a_time_to_come_back(hand, loop, complete):
-    made = hand("bloom", most_waiting=3, most_running=1)
+    made = hand("bloom", max_waiting=3, max_running=1)
     ids = made.submit(*(complete("bloom", "the fox", max_new_tokens=4) for _ in range(5)))
     for id in ids[3:]:
         failed = made.last(id)
@@ -299,7 +299,7 @@ def test_a_full_queue_refuses_with_a_time_to_come_back(hand, loop, complete):
 def test_a_request_that_is_sent_again_changes_nothing(hand, loop, complete):
     made, request = hand("bloom"), complete("bloom", "the fox", max_new_tokens=4)
     made.submit(request, request)
-    made.turn(2)
+    made.step(2)
     made.submit(request)
     loop.run(made.finish(request.id))
     assert made.kinds(request.id).count("Done") == made.kinds(request.id).count("Reading") == 1
@@ -329,14 +329,14 @@ def test_what_cannot_be_answered_says_why(hand, loop, complete, monkeypatch):
 def test_a_request_that_breaks_its_preparation_fails_alone(hand, loop, chat, complete, capsys):
     made = hand("talks")
     for template in ("{{ messages[5:][0].content + 1 }}", "{{ messages | length + 'x' }}"):
-        made.scheduler._desks["talks"].loaded.reader.tokenizer.chat_template = template
+        made.scheduler._workers["talks"].loaded.reader.tokenizer.chat_template = template
         (id,) = made.submit(chat("talks", "x"))
-        made.turn()
+        made.step()
         assert made.last(id).code == "prompt" and "chat template failed" in made.last(id).message
     wrong = complete("talks", "x")
     msgspec.structs.force_setattr(wrong, "prompt", 5)  # as a fault of ours would
     (id,) = made.submit(wrong)
-    made.turn()
+    made.step()
     assert made.last(id) == Failed(id, "prompt", "the prompt cannot be made (TypeError)")
     assert "TypeError" in capsys.readouterr().err
 
@@ -344,12 +344,12 @@ def test_a_request_that_breaks_its_preparation_fails_alone(hand, loop, chat, com
 def test_a_model_that_breaks_down_fails_its_own_answers_alone(hand, loop, complete, capsys):
     made = hand("bloom", "t5")
     broken, other = made.submit(complete("bloom", "the fox"), complete("t5", "the fox", max_new_tokens=9))
-    made.turn(4)
+    made.step(4)
 
     def fail(logits):
         raise RuntimeError("out of memory")
 
-    engine = made.scheduler._desks["bloom"].loaded.engine
+    engine = made.scheduler._workers["bloom"].loaded.engine
     engine.hook = fail
     loop.run(made.finish(broken, other))
     assert made.last(broken) == Failed(broken, "engine", "bloom broke down (RuntimeError)")
@@ -398,7 +398,7 @@ def test_unloading_is_refused_while_it_writes(hand, loop, complete):
     made = hand("bloom")
     made.endless("bloom")
     (id,) = made.submit(complete("bloom", "the fox", max_new_tokens=500))
-    made.turn(2)
+    made.step(2)
     with pytest.raises(ValueError, match="bloom is writing 1 answers; stop them first"):
         loop.run(made.scheduler.unload("bloom"))
     made.scheduler.cancel(id)

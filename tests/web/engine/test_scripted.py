@@ -10,7 +10,7 @@ from babl.web.engine.protocol import Delta, Failed, Loading, Queued, Reading
 
 @pytest.fixture
 def scripted(started):
-    return started(scripted=True, most_waiting=2, most_running=2)
+    return started(scripted=True, max_waiting=2, max_running=2)
 
 
 def test_it_writes_so_many_words_so_slowly(scripted, answer, chat, ask):

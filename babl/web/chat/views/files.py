@@ -35,7 +35,7 @@ async def import_conversations(request: HttpRequest) -> dict[str, int]:
 
     Returns how many were new: {conversations, messages, passages}.
     """
-    return await hub.lasting(import_file(request.user, uploaded_file(request)[1], hub.spawn))
+    return await hub.detached(import_file(request.user, uploaded_file(request)[1], hub.spawn))
 
 
 async def export_feedback(request: HttpRequest) -> HttpResponse:

@@ -14,7 +14,7 @@ from babl.web.chat import access, selectors, serializers, services, sse
 from babl.web.chat.database import write
 from babl.web.chat.endpoint import ApiError, endpoint, engine_failure, event_stream, parse_id, read, read_body
 from babl.web.chat.engine_requests import Draft, draft_request
-from babl.web.chat.hub import Running, hub
+from babl.web.chat.hub import RunningAnswer, hub
 
 MAX_STREAM_ANSWERS = 128  # those of all tabs of a browser, which share one stream
 
@@ -50,7 +50,9 @@ def _check_rate(request: HttpRequest) -> None:
         raise ApiError(429, "rate", "too many questions in a minute; the question was not sent", wait)
 
 
-async def _started(request: HttpRequest, asked: services.Asked, running: list[Running]) -> tuple[int, dict[str, Any]]:
+async def _started(
+    request: HttpRequest, asked: services.Asked, running: list[RunningAnswer]
+) -> tuple[int, dict[str, Any]]:
     """Returns what the client needs to follow the answers.
 
     Raises:

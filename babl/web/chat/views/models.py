@@ -1,4 +1,4 @@
-"""The models of the engine, and how the server is."""
+"""The engine's models, and the status of the server."""
 
 from typing import Any
 

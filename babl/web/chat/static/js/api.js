@@ -1,6 +1,6 @@
-// Requests to the server, and the stream of what is being answered.
+// Requests to the server, and the stream of answers that are being written.
 
-/** What the server said instead of doing what it was asked. */
+/** An error response of the server. */
 export class Refused extends Error {
   constructor(status, { code, message, retry_after } = {}, data = {}) {
     super(message ?? `the server answered with status ${status}`);
@@ -8,7 +8,7 @@ export class Refused extends Error {
   }
 }
 
-/** Returns the JSON of the answer; a body that is no FormData or File goes as JSON. */
+/** Returns the JSON of a response; a body other than FormData or a File is sent as JSON. */
 export async function call(method, path, body) {
   const headers = { Accept: "application/json" };
   if (method !== "GET") headers["X-CSRFToken"] = document.querySelector("meta[name=csrf-token]").content;
@@ -25,7 +25,7 @@ export async function call(method, path, body) {
   try {
     data = text ? JSON.parse(text) : {};
   } catch {
-    // An error page of something in between.
+    // An error page of a proxy.
   }
   if (response.ok) return data;
   if (response.status === 401) data.error = { code: "login", message: "You are logged out. Log in again in another tab; what you wrote stays here." };
@@ -39,8 +39,8 @@ const policy = globalThis.trustedTypes?.createPolicy("babl-stream", { createScri
  * Follows answers until they are done, over the stream that all tabs share.
  *
  * @param {(kind: string, data: object) => void} take Called for `state`, `delta` and `done`.
- * @param {() => void} lost Called where the page has to look again what there is: the server ended, or refused.
- * @param {() => void} waiting Called where the connection broke and the browser tries again.
+ * @param {() => void} lost Called when the page must fetch its state again: the server shut down, or refused.
+ * @param {() => void} waiting Called when the connection broke and the browser reconnects.
  */
 export class Stream {
   constructor(take, lost, waiting) {
@@ -52,7 +52,7 @@ export class Stream {
       else if (kind === "waiting") waiting();
       else take(kind, data);
     };
-    addEventListener("pagehide", () => this.close()); // nobody else tells the stream that a tab is gone
+    addEventListener("pagehide", () => this.close()); // nothing else tells the stream that the tab is closed
     addEventListener("pageshow", (event) => event.persisted && lost());
   }
 
@@ -63,13 +63,13 @@ export class Stream {
     return port1;
   }
 
-  /** Follows exactly the answers with these ids; what is known of them is told again. */
+  /** Follows exactly the answers with these ids; the stream repeats what it knows of them. */
   follow(ids) {
     this.following = ids.length > 0;
     this.port.postMessage(ids);
   }
 
-  /** Follows nothing any more. */
+  /** Stops following answers. */
   close() {
     this.follow([]);
   }

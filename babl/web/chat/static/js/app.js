@@ -1,4 +1,4 @@
-// The chat: one state, what shows it, and what changes it.
+// The chat page: its state, the components that show it, and the actions that change it.
 
 import { call, Refused, Stream } from "./api.js";
 import { Composer } from "./composer.js";
@@ -21,9 +21,9 @@ const EXAMPLE = {
 };
 const others = new BroadcastChannel("babl"); // tabs of this browser
 let state = EMPTY;
-let fresh = { system_prompt: "", settings: {} }; // how a conversation that is not stored yet is answered
+let fresh = { system_prompt: "", settings: {} }; // of a conversation that is not stored yet
 let seenPassage = null;
-let opening = null; // the last page that was asked for
+let opening = null; // the page requested last
 let sending = false;
 let loading = false;
 let retry = null;
@@ -75,9 +75,9 @@ const attempt = async (promise) => {
   }
 };
 
-// What is shown
+// Showing
 
-/** The page shows what the server has of its conversation, and follows what is being written. */
+/** Fetches and shows the conversation, and follows its answers that are being written. */
 async function refresh() {
   const id = state.conversation?.id;
   if (!id) return;
@@ -99,7 +99,7 @@ function follow() {
   stream.follow(Object.keys(state.live));
 }
 
-/** Shows a conversation, with this message in sight where one is given. */
+/** Opens a conversation, and scrolls to a message if one is given. */
 async function open(id, message = null, push = true) {
   const wanted = (opening = Symbol(id));
   stream.close();
@@ -107,7 +107,7 @@ async function open(id, message = null, push = true) {
     let snapshot = await call("GET", `/api/conversations/${id}`);
     const has = (one) => snapshot.messages.some((each) => each.id === one || each.columns?.some((column) => column.id === one));
     if (message && !has(message) && !(await pagesUp(id, snapshot, message))) {
-      await call("PATCH", `/api/conversations/${id}`, { leaf: message }); // it is in another branch
+      await call("PATCH", `/api/conversations/${id}`, { leaf: message }); // it may be on another branch
       snapshot = await call("GET", `/api/conversations/${id}`);
       await pagesUp(id, snapshot, message);
     }
@@ -129,7 +129,7 @@ async function open(id, message = null, push = true) {
   }
 }
 
-/** Returns whether the message is on the shown branch; the snapshot then reaches up to it. */
+/** Loads earlier pages until the message is there; returns whether it is on the branch shown. */
 async function pagesUp(id, snapshot, message) {
   const above = [];
   let { more, messages } = snapshot;
@@ -155,7 +155,7 @@ function point(message) {
   element.focus({ preventScroll: true });
 }
 
-/** The page is ready for a new conversation. */
+/** Shows an empty page for a new conversation. */
 function leave(push = true) {
   opening = null;
   stream.close();
@@ -172,7 +172,7 @@ function leave(push = true) {
   if (push) $("content").focus();
 }
 
-/** The conversation is gone for good; what was being written goes on in a new one. */
+/** Handles the deletion of the conversation shown; the draft moves to a new one. */
 function gone() {
   const { content } = composer.draft;
   composer.forget(composer.conversation);
@@ -182,7 +182,7 @@ function gone() {
   toast("This conversation was deleted for good. What you wrote is still here.");
 }
 
-/** The panel has the passage of the last answer, or the one attached for the next question. */
+/** Shows in the panel the passage of the last answer, or the one attached to the next question. */
 async function showPassage() {
   const all = [...answers(state)].filter((answer) => answer.passage);
   const last = all.filter((answer) => answer.span).at(-1) ?? all.at(-1);
@@ -204,7 +204,7 @@ async function earlier() {
   if (page && state.messages[0] === first) dispatch({ type: "earlier", ...page });
 }
 
-// What is done
+// Actions
 
 async function send() {
   if (Object.keys(state.live).length || !composer.draft.content.trim() || sending) return;
@@ -222,7 +222,7 @@ async function send() {
       await call("POST", `/api/conversations/${id}/messages`, body);
     } catch (error) {
       if (!error.data?.question) throw error;
-      fail(error); // it is stored, although there was no room for its answer
+      fail(error); // it is stored, although the engine is full
     }
     if (page !== opening) { // another conversation is shown by now
       composer.forget(conversation);
@@ -233,7 +233,7 @@ async function send() {
     await attempt(took(id));
   } catch (error) {
     fail(error);
-    if (error.status === 409) await refresh(); // another tab has done something with it
+    if (error.status === 409) await refresh(); // another tab has changed it
     say(`Not ${error.code === "not_saved" ? "saved" : "sent"}. What you wrote is still here.`, true);
   } finally {
     busy(false);
@@ -246,12 +246,12 @@ function busy(now) {
   if (now) say("Sending");
 }
 
-/** The server has more of this conversation. */
+/** Shows a question that was just sent, and its answers. */
 async function took(id) {
   const snapshot = await call("GET", `/api/conversations/${id}`);
   composer.conversation = id;
   composer.draft.conversation = id;
-  busy(false); // the next question may follow at once
+  busy(false); // the next question may be typed at once
   dispatch({ type: "snapshot", snapshot });
   follow();
   transcript.toEnd();
@@ -337,7 +337,7 @@ async function rename(row) {
 const options = () => askOptions(how(), change);
 const last = (role) => state.messages.findLast((message) => message.role === role);
 
-// Everything together
+// Wiring
 
 fillIcons();
 const transcript = new Transcript($("log"), $("scroll"), acts);
@@ -371,7 +371,7 @@ const stream = new Stream(
   () => say("The connection is lost; trying again", true),
 );
 
-/** All answers have ended: the passage shows the last one, and the models may have been loaded for them. */
+/** Updates the panel and the models once all answers have ended. */
 async function settled() {
   if (Object.keys(state.live).length) return;
   await showPassage();
@@ -434,7 +434,7 @@ shortcuts.listen([
   ["?", "This list", shortcuts.open],
 ]);
 
-/** The branch beside the last one that forks is shown. */
+/** Shows the branch beside the current one, at the last fork. */
 function branch(step) {
   const fork = state.messages.findLast((message) => message.siblings?.length > 1);
   const beside = fork?.siblings[fork.siblings.indexOf(fork.id) + step];

@@ -1,4 +1,4 @@
-// Where a question is written. What is in it stays in localStorage until the server has it.
+// The form for a question. The draft stays in localStorage until the server has it.
 
 import { call } from "./api.js";
 import { h, icon, iconButton, show } from "./dom.js";
@@ -23,7 +23,7 @@ export class Composer {
     const changed = () => (this.#read(), this.keep(), this.count());
     for (const id of ["content", "gold", "gold-none", "compare-context", "kind"]) $(id).addEventListener("input", changed);
     $("content").addEventListener("keydown", (event) => {
-      // Safari ends a composition before the key that ends it is told; that key then has the code 229.
+      // Safari ends a composition before it reports the key that ended it, with the code 229.
       if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229 || phone.matches) return;
       event.preventDefault();
       this.acts.send();
@@ -41,20 +41,20 @@ export class Composer {
     });
   }
 
-  /** What was begun in this conversation (null: in a new one) is in the fields again. */
+  /** Restores the draft of a conversation (null: of a new one). */
   restore(conversation, attached = null) {
     this.conversation = conversation;
     let kept = null;
     try {
       kept = JSON.parse(localStorage.getItem(key(conversation)));
     } catch {
-      // Something else has written there; nothing can be read of it.
+      // Something else has written there.
     }
     this.draft = { ...BLANK, passage: attached, ...kept };
     this.#write();
   }
 
-  /** The draft survives the page. */
+  /** Saves the draft in the browser. */
   keep() {
     const { content, golds, edits, comparing, passage: attached } = this.draft;
     const empty = !content && golds === null && !edits && !comparing && (this.conversation || !attached);
@@ -62,23 +62,23 @@ export class Composer {
       if (empty) localStorage.removeItem(key(this.conversation));
       else localStorage.setItem(key(this.conversation), JSON.stringify(this.draft));
     } catch {
-      // The browser keeps no more; the draft is on the page.
+      // The storage is full; the draft is on the page alone.
     }
   }
 
-  /** The draft of a conversation is dropped. */
+  /** Deletes the saved draft of a conversation. */
   forget(conversation) {
     localStorage.removeItem(key(conversation));
   }
 
-  /** This text is in the field, before what was there. */
+  /** Puts a text into the field, before what is there. */
   begin(content) {
     this.draft.content = [content, this.draft.content].filter(Boolean).join("\n");
     this.#write();
     this.keep();
   }
 
-  /** The server has the question. */
+  /** Clears the draft once the server has the question. */
   sent() {
     this.forget(this.conversation);
     this.draft = { ...BLANK, passage: this.draft.passage, models: this.draft.models, both: this.draft.both, comparing: this.draft.comparing, kind: this.draft.kind };
@@ -146,7 +146,7 @@ export class Composer {
     if (open) $("compare-context").focus();
   }
 
-  /** The models that can be compared are those that there are now. */
+  /** Shows the models that can be compared. */
   renderModels() {
     const { usable } = this.acts.models();
     $("compare-models").replaceChildren(...usable.map((model) => {
@@ -175,7 +175,7 @@ export class Composer {
     $("chips").replaceChildren(...chips);
   }
 
-  /** A question is asked anew, beside the old one. */
+  /** Starts to edit a question, which is asked as a new branch. */
   edit(question) {
     const { comparing, models, both } = this.draft;
     this.draft = { ...BLANK, comparing, models, both, content: question.content, golds: question.golds, passage: question.passage?.id ?? null, edits: question.id, parent: question.parent };
@@ -244,7 +244,7 @@ export class Composer {
     }
   }
 
-  /** The next question is about this passage. */
+  /** Attaches a passage to the next question. */
   use({ id }) {
     this.draft.passage = id;
     this.keep();
@@ -262,7 +262,7 @@ export class Composer {
     $("content").focus();
   }
 
-  /** Returns what is asked of the server, with an id that is the same as long as the question is. */
+  /** Returns the request to the server; its id stays the same until the question changes. */
   request() {
     const { draft } = this;
     const comparing = draft.comparing && draft.models.length > 0;
@@ -282,7 +282,7 @@ export class Composer {
     return { ...body, client_id: draft.sent.id };
   }
 
-  /** Says how many tokens the question takes of each model that it goes to, and what would be cut. */
+  /** Shows the tokens of the question for each model, and how many would be cut. */
   count() {
     clearTimeout(this.timer);
     const asked = (this.asked = Symbol("count"));

@@ -43,7 +43,7 @@ export function h(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** Returns one of the icons, which says nothing to a screen reader: the button around it has a name. */
+/** Returns an icon, hidden from screen readers: the button around it has a name. */
 export function icon(name) {
   const svg = document.createElementNS(SVG, "svg");
   svg.setAttribute("viewBox", "0 0 24 24");
@@ -55,22 +55,22 @@ export function icon(name) {
   return svg;
 }
 
-/** Returns a button that shows an icon and is called `name`. */
+/** Returns a button with an icon and an accessible name. */
 export function iconButton(image, name, onclick, attributes = {}) {
   return h("button", { type: "button", class: "quiet", "aria-label": name, title: name, onclick, ...attributes }, icon(image));
 }
 
-/** Fills the buttons of a template that name an icon. */
+/** Adds the icons to a template's buttons. */
 export function fillIcons(root = document) {
   for (const element of root.querySelectorAll("[data-icon]")) {
     if (!element.querySelector(".icon")) element.prepend(icon(element.dataset.icon));
   }
 }
 
-// The server has rendered and cleaned this HTML; it is the only one that is ever parsed here.
+// The only HTML that is parsed here is rendered and sanitized by the server.
 const policy = globalThis.trustedTypes?.createPolicy("babl-rendered", { createHTML: (html) => html });
 
-/** The element shows HTML that the server has rendered from Markdown and cleaned. */
+/** Shows HTML that the server has rendered from Markdown and sanitized. */
 export function showRendered(element, html) {
   element.innerHTML = policy ? policy.createHTML(html) : html;
   for (const table of element.querySelectorAll("table")) {
@@ -80,7 +80,7 @@ export function showRendered(element, html) {
   }
 }
 
-/** Says something for some seconds, with a way to take it back. */
+/** Shows a message for some seconds, with a button to undo. */
 export function toast(text, undo = null) {
   const place = document.getElementById("toasts");
   const remove = () => {
@@ -100,7 +100,7 @@ export function show(dialog) {
   return new Promise((resolve) => dialog.addEventListener("close", () => resolve(dialog.returnValue), { once: true }));
 }
 
-/** Resolves to whether the user wants that. */
+/** Asks the user to confirm; resolves to whether they did. */
 export async function confirmed(question, action) {
   const dialog = document.getElementById("confirm");
   dialog.querySelector("p").textContent = question;

@@ -1,4 +1,4 @@
-// Which models there are, what they take, and the one that is asked.
+// The models, the memory they need, and the one selected.
 
 import { call } from "./api.js";
 import { h, show } from "./dom.js";
@@ -8,23 +8,23 @@ const $ = (id) => document.getElementById(id);
 const FAMILIES = { t5: "T5", llama: "LLaMA", bloom: "BLOOM" };
 const STATES = { unloaded: "on disk", loading: "loading…", loaded: "in memory", unusable: "unusable" };
 
-/** Returns what the model takes of the memory, or what it would take and how much is free. */
+/** Returns the memory that the model takes, or would take and how much is free. */
 function takes(model) {
   if (model.state === "unloaded" && model.needed) return `needs ${bytes(model.needed)} of ${bytes(model.free)} free`;
   return model.memory && bytes(model.memory);
 }
 
 export class Models {
-  /** @param {(name) => void} chosen Called where the user has chosen another model. */
+  /** @param {(name) => void} chosen Called when the user selects another model. */
   constructor(chosen) {
     this.chosen = chosen;
     this.all = [];
-    this.known = false; // the engine has said which there are
+    this.known = false; // whether the engine has listed them
     this.name = "";
     $("model").addEventListener("click", () => this.open());
   }
 
-  /** Returns those that can be asked. */
+  /** Returns the models that can answer. */
   get usable() {
     return this.all.filter((model) => model.state !== "unusable");
   }
@@ -41,7 +41,7 @@ export class Models {
     if ($("models-dialog").open) this.#render();
   }
 
-  /** Questions go to this model from now on. */
+  /** Selects the model of the next questions. */
   choose(name) {
     this.name = name || this.name || this.usable[0]?.name || "";
     this.#label();

@@ -1,11 +1,11 @@
-// How a conversation is answered: system prompt and sampling.
+// Settings of a conversation: system prompt and sampling.
 
 import { show } from "./dom.js";
 
 const $ = (id) => document.getElementById(id);
 export const DEFAULTS = { max_new_tokens: 256, temperature: 0, top_k: 0, top_p: 1, min_p: 0, repetition_penalty: 1, seed: 0, stop: [] };
 
-/** Resolves to {system_prompt, settings} as the user wants them, or null. */
+/** Opens the dialog; resolves to {system_prompt, settings}, or null if it is cancelled. */
 export async function askOptions(current, save) {
   const dialog = $("settings-dialog");
   const form = dialog.querySelector("form");
@@ -31,7 +31,7 @@ export async function askOptions(current, save) {
   await show(dialog);
 }
 
-/** Returns in how many ways the settings differ from the defaults. */
+/** Returns how many settings differ from the defaults. */
 export function changed({ system_prompt = "", settings = {} }) {
   const differs = Object.entries(settings).filter(([name, value]) => String(value) !== String(DEFAULTS[name])).length;
   return differs + (system_prompt ? 1 : 0);

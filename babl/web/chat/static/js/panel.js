@@ -1,4 +1,4 @@
-// The passage beside the conversation: the answer in it, and where the user selects the right one.
+// The passage beside the conversation: it marks the answer, and lets the user select the right one.
 
 import { h } from "./dom.js";
 import { passage } from "./passages.js";
@@ -7,7 +7,7 @@ import { codePointAt, percent, plural, unitAt } from "./text.js";
 const $ = (id) => document.getElementById(id);
 
 export class Panel {
-  /** @param {(part, judgement) => Promise} judge Stores what the user thinks. */
+  /** @param {(part, judgement) => Promise} judge Stores the user's feedback. */
   constructor(judge) {
     this.judge = judge;
     this.text = "";
@@ -41,7 +41,7 @@ export class Panel {
     if (inside) $("open-passage").focus();
   }
 
-  /** The panel has no passage. */
+  /** Clears the panel. */
   clear() {
     this.#endCorrection();
     this.id = null;
@@ -51,7 +51,7 @@ export class Panel {
     $("passage-text").replaceChildren(h("p", { class: "note", text: "Attach a text to a question, and it stands here with the answer marked in it." }));
   }
 
-  /** Shows a passage with the answer, where it stands in it. */
+  /** Shows a passage, and marks the answer in it. */
   async show(id, answer = null) {
     const wanted = (this.wanted = `${id} ${answer?.id}`);
     const found = await passage(id);
@@ -80,7 +80,7 @@ export class Panel {
     place.replaceChildren(this.text.slice(0, start), h("mark", { text: this.text.slice(start, end), class: kind }), this.text.slice(end));
   }
 
-  /** The user says what would have been right instead of this answer. */
+  /** Starts a correction: the user selects the right answer. */
   async correct(answer) {
     this.open();
     await this.show(answer.passage, answer);

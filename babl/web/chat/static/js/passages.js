@@ -1,4 +1,4 @@
-// Passages as the server has them; they never change, so each is fetched once.
+// Passages, each fetched once: they never change.
 
 import { call } from "./api.js";
 
@@ -14,7 +14,7 @@ export function passage(id) {
   return known.get(id);
 }
 
-/** Resolves to the passage of a text or a file, stored. */
+/** Stores a text or a file as a passage; resolves to it. */
 export async function store(source, title = "") {
   let body = { text: source, title };
   if (source instanceof File) {

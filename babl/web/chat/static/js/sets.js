@@ -1,4 +1,4 @@
-// Question sets: their runs, and what two of them answered differently.
+// Question sets: their runs, and the answers in which two runs differ.
 
 import { call } from "./api.js";
 import { confirmed, fillIcons, h, toast } from "./dom.js";
@@ -7,8 +7,8 @@ import { plural, score, signed, when } from "./text.js";
 const $ = (id) => document.getElementById(id);
 const LIVE = ["queued", "running"];
 const ENDS = { stopped: "stopped", interrupted: "interrupted", error: "broke off" };
-const picked = new Map(); // set -> {a?, b?}: runs to compare, where the user has chosen; else the last two
-const differences = new Map(); // set -> what they differ in
+const picked = new Map(); // set -> {a?, b?}: the runs that the user chose to compare; by default the last two
+const differences = new Map(); // set -> the differences
 let sets = [];
 let models = [];
 let timer = null;

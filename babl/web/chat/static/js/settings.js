@@ -1,4 +1,4 @@
-// Export and import, corrections, and the keys of the API.
+// Export and import, feedback, and API keys.
 
 import { call } from "./api.js";
 import { confirmed, fillIcons, h, toast } from "./dom.js";

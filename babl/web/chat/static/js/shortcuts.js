@@ -1,4 +1,4 @@
-// Keys, and the list of them that `?` shows. Single keys can be turned off and do nothing in text fields.
+// Keyboard shortcuts, and their list, which `?` shows. Single keys can be turned off, and are ignored in text fields.
 
 import { h, show } from "./dom.js";
 
@@ -6,7 +6,7 @@ const $ = (id) => document.getElementById(id);
 const on = () => localStorage.getItem("babl:keys") !== "off";
 const typing = (element) => element.closest?.("input:not([type=checkbox], [type=radio]), textarea, select, [contenteditable]");
 
-/** Listens for keys: [[key, what it does, act]]. */
+/** Listens for shortcuts: [[key, description, act]]. */
 export function listen(keys) {
   const list = [["Enter", "Send (on a phone: new line)"], ["Shift Enter", "New line"], ["Escape", "Stop the answer, or close what is open"], ...keys];
   $("keys-list").replaceChildren(...list.map(([key, what]) =>

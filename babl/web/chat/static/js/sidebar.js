@@ -1,4 +1,4 @@
-// The list of conversations: pages of it, search, and what can be done with each.
+// The list of conversations: its pages, search, and a menu for each.
 
 import { call } from "./api.js";
 import { confirmed, h, iconButton, menu, toast } from "./dom.js";
@@ -40,7 +40,7 @@ export class Sidebar {
     });
   }
 
-  /** The list lies over a narrow page, or not. */
+  /** Opens or closes the list over a narrow page. */
   toggle(open) {
     document.body.classList.toggle("with-side", open);
     $("open-side").setAttribute("aria-expanded", String(open));
@@ -48,7 +48,7 @@ export class Sidebar {
     else if ($("side").contains(document.activeElement)) $("open-side").focus();
   }
 
-  /** The list is what the server has now. */
+  /** Fetches and shows the list. */
   async refresh() {
     const query = $("search").value.trim();
     const asked = (this.asked = Symbol(query));
@@ -119,7 +119,7 @@ export class Sidebar {
     ];
   }
 
-  /** The conversation is archived, thrown away or taken back, which can be undone. */
+  /** Archives, trashes or restores a conversation, with a button to undo. */
   async change(row, how) {
     const [[name, value]] = Object.entries(how);
     const said = { archived: ["Archived", "Back from the archive"], deleted: ["Moved to the trash", "Back from the trash"] }[name];
@@ -151,7 +151,7 @@ export class Sidebar {
   }
 }
 
-/** Returns a text as nodes, the words that were searched for marked. */
+/** Returns a text as nodes, with the words of the search marked. */
 function marked(text, query) {
   const words = query.match(/[\p{L}\p{N}_]+/gu) ?? [];
   if (!words.length) return [text];

@@ -1,12 +1,12 @@
-// What the page knows of a conversation. A snapshot and the events after it go through one reducer, so that opening,
-// reloading and connecting again are the same thing. Nothing here touches the page.
+// The state of a conversation on the page. A snapshot and the events after it go through one reducer, so that opening,
+// reloading and reconnecting are the same. Nothing here touches the DOM.
 
 import { length, slice } from "./text.js";
 
 export const EMPTY = { conversation: null, messages: [], more: false, live: {}, gap: false };
 export const isLive = (message) => message.status === "queued" || message.status === "running";
 
-/** Yields every answer that is shown, those side by side too. */
+/** Yields every answer that is shown, including those side by side. */
 export function* answers(state) {
   for (const message of state.messages) {
     if (message.role !== "assistant") continue;
@@ -20,7 +20,7 @@ export function find(state, id) {
   return undefined;
 }
 
-/** Returns the state after an action; where nothing changes, the same object. */
+/** Returns the state after an action; the same object if nothing changes. */
 export function reduce(state, action) {
   switch (action.type) {
     case "clear":
@@ -55,7 +55,7 @@ function snapshot(state, { messages, more, live, ...conversation }) {
       : message;
   };
   let page = messages.map((message) => ahead(message.columns?.length ? { ...message, columns: message.columns.map(ahead) } : message));
-  // Pages above, loaded before, stay as long as they lead to this one.
+  // Earlier pages that were loaded stay while they lead to this one.
   const join = same && page.length ? state.messages.findIndex((message) => message.id === page[0].parent) : -1;
   const above = join >= 0 ? state.messages.slice(0, join + 1) : [];
   const states = Object.fromEntries(live.map((id) => [id, (same && state.live[id]) || { status: "queued", saved: true }]));
@@ -93,7 +93,7 @@ function change(state, id, how) {
   return { ...state, messages };
 }
 
-/** Returns what the status line says of the answers: one phrase, which does not change with every word. */
+/** Returns the status line of the answers: a phrase that does not change with every word. */
 export function summary(state) {
   const states = Object.values(state.live);
   if (states.some((each) => each.saved === false)) return "Not saved: the server cannot store the answer yet. Is its disk full?";

@@ -1,16 +1,16 @@
-// The one stream of a browser, shared by its tabs: a browser opens six connections to a server, and no more. This runs in
-// a SharedWorker, which lives as long as any of the tabs; where there is none, in each page for itself.
+// The stream that all tabs of a browser share, because a browser opens at most six connections to a server. This runs in
+// a SharedWorker, which lives as long as any of the tabs; without SharedWorkers, in each page.
 
 import { length, slice } from "./text.js";
 
-const MOST = 128; // answers that the server tells in one stream
+const MAX = 128; // answers in one stream
 const followed = new Map(); // port of a tab -> ids of the answers it shows
-const answers = new Map(); // id -> {text, tokens, state} as far as the stream has told
+const answers = new Map(); // id -> {text, tokens, state} as streamed so far
 let source = null;
-let streamed = new Set(); // ids that the stream is about
+let streamed = new Set(); // ids of the stream's answers
 let timer = null;
 
-/** A tab sends the ids of the answers that it follows, and is told {kind, data}: `state`, `delta`, `done`, `waiting`, `lost`. */
+/** Connects a tab, which sends ids of answers and gets {kind, data}: `state`, `delta`, `done`, `waiting`, `lost`. */
 export function connect(port) {
   port.onmessage = ({ data: ids }) => {
     if (ids.length) followed.set(port, new Set(ids));
@@ -25,9 +25,9 @@ export function connect(port) {
   };
 }
 
-/** The stream is about what is followed: it is opened anew only for more answers. */
+/** Streams the answers that are followed; reopens the stream only for new ones. */
 function settle() {
-  const wanted = [...new Set([...followed.values()].flatMap((ids) => [...ids]))].slice(0, MOST);
+  const wanted = [...new Set([...followed.values()].flatMap((ids) => [...ids]))].slice(0, MAX);
   for (const id of answers.keys()) if (!wanted.includes(id)) answers.delete(id);
   if (wanted.length && source && wanted.every((id) => streamed.has(id))) return;
   source?.close();
@@ -68,7 +68,7 @@ function tell(kind) {
   for (const port of followed.keys()) port.postMessage({ kind });
 }
 
-/** Each tab looks again what there is, and follows that. */
+/** Lets each tab fetch its state again, and follow its answers. */
 function again(milliseconds) {
   source.close();
   source = null;

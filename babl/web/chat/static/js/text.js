@@ -1,4 +1,4 @@
-// Texts as Python counts them (code points) and as the browser does (UTF-16 units), ids and figures for people.
+// Texts in Python's units (code points) and the browser's (UTF-16 units), ids, and formatting of figures.
 
 /** Returns how many code points a text has. */
 export function length(text) {
@@ -7,17 +7,17 @@ export function length(text) {
   return count;
 }
 
-/** Returns a text from code point `from` on. */
+/** Returns the text from code point `from` on. */
 export function slice(text, from) {
   return from <= 0 ? text : Array.from(text).slice(from).join("");
 }
 
-/** Returns how many code points stand before a UTF-16 unit. */
+/** Returns the number of code points before a UTF-16 unit. */
 export function codePointAt(text, unit) {
   return length(text.slice(0, unit));
 }
 
-/** Returns how many UTF-16 units stand before a code point. */
+/** Returns the number of UTF-16 units before a code point. */
 export function unitAt(text, codePoint) {
   return Array.from(text).slice(0, codePoint).join("").length;
 }
@@ -44,14 +44,14 @@ export function newId(now = Date.now(), random = crypto.getRandomValues(new Uint
   return [0, 8, 12, 16, 20].map((at, i, all) => digits.slice(at, all[i + 1])).join("-");
 }
 
-/** Returns a number with at most three digits that matter: 0.00012, 1.53, 17.2, 240. */
+/** Formats a number with at most three significant digits: 0.00012, 1.53, 17.2, 240. */
 export function figure(value) {
   if (value === 0) return "0";
   if (Math.abs(value) >= 100) return Math.round(value).toLocaleString("en");
   return String(Number(value.toPrecision(Math.abs(value) < 1 ? 2 : 3)));
 }
 
-/** Returns a probability for people: never "100 %" or "0 %" of what is not quite so. */
+/** Formats a probability; never as "100 %" or "0 %" unless it is exactly that. */
 export function percent(probability) {
   const value = 100 * probability;
   if (value > 0 && value < 0.1) return "under 0.1\u00a0%";
@@ -59,18 +59,18 @@ export function percent(probability) {
   return `${value < 10 && value > 0 ? value.toFixed(1) : Math.round(value)}\u00a0%`;
 }
 
-/** Returns a score of 0 to 100 with one digit, where it has one. */
+/** Formats a score of 0 to 100 with at most one decimal. */
 export function score(value) {
   return String(Math.round(10 * value) / 10);
 }
 
-/** Returns a difference of scores with its sign. */
+/** Formats a difference of scores with its sign. */
 export function signed(value) {
   const text = score(Math.abs(value));
   return text === "0" ? "±0" : (value > 0 ? "+" : "−") + text;
 }
 
-/** Returns a size in memory. */
+/** Formats a size in bytes. */
 export function bytes(count) {
   const units = ["B", "kB", "MB", "GB", "TB"];
   let at = 0;
@@ -78,7 +78,7 @@ export function bytes(count) {
   return `${figure(count)} ${units[at]}`;
 }
 
-/** Returns how many parameters a model has. */
+/** Formats a number of parameters. */
 export function parameters(count) {
   for (const [unit, name] of [[1e9, "B"], [1e6, "M"], [1e3, "k"]]) if (count >= unit) return `${figure(count / unit)}${name}`;
   return String(count);
@@ -89,7 +89,7 @@ export function plural(count, word) {
   return `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
 }
 
-/** Returns when something was, as short as can be. */
+/** Formats a time, as short as possible. */
 export function when(iso, now = new Date()) {
   const then = new Date(iso);
   const minutes = (now - then) / 60000;

@@ -1,4 +1,4 @@
-// Before the first paint: light, dark, or as the system. Not a module, so that nothing flashes.
+// Sets the theme before the first paint: light, dark, or the system's. Not a module, so that nothing flashes.
 (() => {
   const NAMES = { "": "as the system", light: "light", dark: "dark" };
   const order = Object.keys(NAMES);

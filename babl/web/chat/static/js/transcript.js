@@ -1,4 +1,4 @@
-// The messages. An element is made anew only when its message has changed; a streamed word is appended to its text.
+// The messages. An element is replaced only when its message has changed; streamed text is appended.
 
 import { h, icon, iconButton, showRendered } from "./dom.js";
 import { passage } from "./passages.js";
@@ -17,7 +17,7 @@ function action(image, name, act, more = {}) {
 export class Transcript {
   /**
    * @param {HTMLElement} log
-   * @param {HTMLElement} frame What scrolls.
+   * @param {HTMLElement} frame The element that scrolls.
    * @param {object} acts edit, again, stop, show, goTo, carryOn, praise, correct, copied
    */
   constructor(log, frame, acts) {
@@ -31,14 +31,14 @@ export class Transcript {
     follow.observe(frame);
   }
 
-  /** The end is in sight, and stays so while it grows; of answers side by side, rather their question. */
+  /** Scrolls to the end and stays there while it grows; for answers side by side, to their question. */
   toEnd() {
     this.atEnd = true;
     const question = this.log.querySelector(".turn.comparison:last-child")?.previousElementSibling;
     this.frame.scrollTop = question ? question.offsetTop - 16 : this.frame.scrollHeight;
   }
 
-  /** The page shows this state. */
+  /** Shows a state. */
   render(state) {
     const { frame } = this;
     const wanted = new Set(state.messages.map((message) => message.id));
@@ -71,7 +71,7 @@ export class Transcript {
     else if (this.atEnd) this.toEnd();
   }
 
-  /** Returns whether all that is new are words at the end of answers being written; they are then shown. */
+  /** Appends new text if nothing else has changed; returns whether that was so. */
   #append(known, message, live, isLast) {
     if (known.isLast !== isLast || known.message.role !== "assistant") return false;
     const before = known.message.columns?.length ? known.message.columns : [known.message];
@@ -143,7 +143,7 @@ export class Transcript {
       h("div", { class: "acts" }, this.#branches(message), parts.some(isLive) ? null : action("again", "Ask all again", () => this.acts.again(message))));
   }
 
-  /** Returns what the passage gives each model that was asked with it and without it. */
+  /** Returns the gain in scores of each model that was asked with and without the passage. */
   #gains(parts) {
     const rows = [];
     for (const model of new Set(parts.map((part) => part.model))) {
@@ -195,7 +195,7 @@ export class Transcript {
     return h("p", { class: `end ${part.status}` }, ENDS[part.status] + why, again && " ", again);
   }
 
-  /** Returns where in the passage the answer stands, with its surroundings, or that it is nowhere in it. */
+  /** Returns the answer in its surroundings in the passage, or a note that it is not there. */
   #evidence(part) {
     if (part.status !== "done" || part.kind === "completion") return null;
     const how = part.probability === null ? "" : ` · probability ${percent(part.probability)}`;

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from babl.web.engine.turns import Turns
+from babl.web.engine.fair_queue import FairQueue
 
 
 @dataclass
@@ -13,7 +13,7 @@ class Item:
 
 
 def filled(users):
-    turns = Turns()
+    turns = FairQueue()
     for i, user in enumerate(users):
         turns.add(Item(f"{user}{i}", user))
     return turns

@@ -82,7 +82,7 @@ def test_the_rest_of_a_body_is_not_waited_for_for_ever(monkeypatch):
         await asyncio.sleep(60)
 
     async def read():
-        waiting = asgi._at_most(receive, 10)
+        waiting = asgi._limited(receive, 10)
         assert (await waiting())["body"] == b"a"
         with pytest.raises(asgi.TooSlow):
             await waiting()

@@ -13,24 +13,19 @@ import time
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-from uuid import UUID
 
-from asgiref.sync import sync_to_async
-from django.db import DatabaseError, connections
+from django.db import DatabaseError
 
-from babl.web.chat import question_sets, selectors, services
+from babl.web.chat import services
 from babl.web.chat.database import write
 from babl.web.chat.metrics import ANSWERS, FIRST_TEXT, TOKENS, UNSAVED
-from babl.web.chat.models import GENERATION_COLUMNS, LIVE, Question, Run, RunAnswer, Status
-from babl.web.chat.serializers import score
+from babl.web.chat.models import GENERATION_COLUMNS, LIVE, Status
 from babl.web.engine.client import EngineClient, EngineError
-from babl.web.engine.protocol import Delta, Done, Event, Failed, Loading, QARequest, Queued, Reading, Request, Settings
+from babl.web.engine.protocol import Delta, Done, Event, Failed, Loading, Queued, Reading, Request
 
 SAVE_SECONDS = 0.5
 RETRY_SECONDS = 1.0  # after a failed save
 FIRST_EVENT_SECONDS = 2.0  # for the engine to say that it is full
-TOO_LONG = "prompt"  # the failure of a question that does not fit its model
-RUN_BATCH = 8  # questions of a set that are asked at once
 T = TypeVar("T")
 log = logging.getLogger("babl.web")
 
@@ -114,7 +109,7 @@ def _columns(event: Reading | Done) -> dict[str, Any]:
 
 
 class Hub:
-    """All answers that are being written, and the runs of question sets.
+    """All answers that are being written.
 
     Attributes:
         engine: Writes the answers.
@@ -126,7 +121,6 @@ class Hub:
     def __init__(self) -> None:
         self.closing = asyncio.Event()
         self._running: dict[str, RunningAnswer] = {}
-        self._sets: dict[UUID, asyncio.Task] = {}
         self._tasks: set[asyncio.Task] = set()
         self._open = False
 
@@ -210,7 +204,7 @@ class Hub:
         self.spawn(self._listen(running))
         return running
 
-    async def refusal(self, started: Sequence[RunningAnswer]) -> Failed | None:
+    async def busy_failure(self, started: Sequence[RunningAnswer]) -> Failed | None:
         """Returns the engine's failure if it is too busy for one of these answers.
 
         Waits for the first event of each, and until those that were refused are stored.
@@ -282,102 +276,6 @@ class Hub:
         for running in answers:
             running.saved, running.changed = False, True
             running.notify()
-
-    async def run_set(self, service: Callable[..., Run], *args: Any) -> Run:
-        """Calls a service that stores a run of a question set, and starts it."""
-
-        async def store_and_start() -> Run:
-            run = await write(service, *args)
-            task = self._sets[run.id] = self.spawn(self._answer_set(run))
-            task.add_done_callback(lambda _: self._sets.pop(run.id, None))
-            return run
-
-        return await self.detached(store_and_start())
-
-    async def stop_set(self, id: UUID) -> None:
-        """Stops a run, unless it has ended."""
-        if task := self._sets.get(id):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-        await write(question_sets.stop_run, id)
-
-    async def _answer_set(self, run: Run) -> None:
-        try:
-            await self._answer_questions(run)
-        except Exception:  # a bug must not leave a run that never ends
-            log.exception("a run of a question set broke off")
-            await self._interrupt(run)
-
-    async def _interrupt(self, run: Run) -> None:
-        """Marks a run as interrupted, and retries until that succeeds; the disk may be full."""
-        while True:
-            try:
-                await write(question_sets.update_run, run.id, Status.INTERRUPTED)
-                return
-            except DatabaseError as error:
-                UNSAVED.inc()
-                log.error("the end of a run could not be stored (%s); trying again", type(error).__name__)
-                await asyncio.sleep(RETRY_SECONDS)
-
-    async def _answer_questions(self, run: Run) -> None:
-        """Asks the questions without an answer, a few at once, and stores the answers."""
-        questions, user = await sync_to_async(_remaining, thread_sensitive=False)(run)
-        await write(question_sets.update_run, run.id, Status.RUNNING)
-        for at in range(0, len(questions), RUN_BATCH):
-            part = questions[at : at + RUN_BATCH]
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._answer_one(run, question, user)) for question in part]
-            ends = [task.result() for task in tasks]
-            answers = [
-                answer
-                for question, end in zip(part, ends, strict=True)
-                if (answer := _run_answer(run, question, end)) is not None
-            ]
-            weights = next((end.weights for end in ends if isinstance(end, Done)), run.weights)
-            failed = next((end for end in ends if isinstance(end, Failed) and end.code != TOO_LONG), None)
-            if failed is not None:
-                facts = {"weights": weights, "error_message": failed.message}
-                await write(question_sets.update_run, run.id, Status.ERROR, answers, **facts)
-                return
-            await write(question_sets.update_run, run.id, Status.RUNNING, answers, weights=weights)
-        await write(question_sets.update_run, run.id, Status.DONE)
-
-    async def _answer_one(self, run: Run, question: Question, user: str) -> Done | Failed:
-        context = question.passage.text if run.with_context else None
-        id = f"{run.id}/{question.id}"
-        request = QARequest(id, run.model, question.text, context, Settings(max_new_tokens=64), user)
-        while True:
-            end = await self.last_event(request)
-            if not (isinstance(end, Failed) and end.code == "busy"):
-                return end
-            await asyncio.sleep(end.retry_after or RETRY_SECONDS)
-
-    async def last_event(self, request: Request) -> Done | Failed:
-        """Submits a request that nobody streams; returns its last event."""
-        end: Done | Failed = Failed(request.id, "engine", "the engine gave no answer")
-        async with contextlib.aclosing(self.engine.submit(request)) as events:
-            async for event in events:
-                if isinstance(event, Done | Failed):
-                    end = event
-        return end
-
-
-def _remaining(run: Run) -> tuple[list[Question], str]:
-    try:
-        return selectors.unanswered(run), str(run.set.owner_id)
-    finally:
-        connections.close_all()
-
-
-def _run_answer(run: Run, question: Question, end: Done | Failed) -> RunAnswer | None:
-    """Returns the row of an answer; None if it broke off, to be asked again when the run is resumed."""
-    if isinstance(end, Failed) and end.code != TOO_LONG:
-        return None
-    text, probability, skipped = (end.text, end.probability, "") if isinstance(end, Done) else ("", None, end.message)
-    scores = score(text, [answer["text"] for answer in question.answers])
-    scores = {name: value / 100 for name, value in scores.items()}
-    return RunAnswer(run=run, question=question, text=text, probability=probability, skipped=skipped, **scores)
 
 
 hub = Hub()

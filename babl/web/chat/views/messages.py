@@ -58,7 +58,7 @@ async def _started(
     Raises:
         ApiError: The engine is full; the question and its answers are kept.
     """
-    failed = await hub.refusal(running)
+    failed = await hub.busy_failure(running)
     ids = [("g", str(answer.id)) for answer in asked.answers]
     found = {
         "question": await read(serializers.message_json, asked.question),

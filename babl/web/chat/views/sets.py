@@ -8,10 +8,9 @@ import msgspec
 from django.http import HttpRequest, HttpResponse
 from django.urls import path
 
-from babl.web.chat import question_sets, selectors, serializers
+from babl.web.chat import question_sets, runs, selectors, serializers
 from babl.web.chat.database import write
 from babl.web.chat.endpoint import endpoint, file_response, parse_id, read, read_body, uploaded_file
-from babl.web.chat.hub import hub
 
 
 async def list_sets(request: HttpRequest) -> dict[str, Any]:
@@ -38,7 +37,7 @@ async def get_set(request: HttpRequest, id: UUID) -> dict[str, Any]:
 async def delete_set(request: HttpRequest, id: UUID) -> HttpResponse:
     """Stops the runs of a question set and deletes it; returns 204."""
     for run in await read(lambda: list(selectors.question_set(request.user, id).runs.all())):
-        await hub.stop_set(run.id)
+        await runs.stop(run.id)
     await write(question_sets.delete_question_set, request.user, id)
     return HttpResponse(status=204)
 
@@ -53,7 +52,7 @@ class NewRun(msgspec.Struct, forbid_unknown_fields=True):
 async def start_run(request: HttpRequest, id: UUID) -> tuple[int, dict[str, Any]]:
     """Starts a `NewRun` through a question set; returns 201 with its run_json."""
     new = read_body(request, NewRun)
-    run = await hub.run_set(question_sets.create_run, request.user, id, new.model, new.with_context)
+    run = await runs.start(question_sets.create_run, request.user, id, new.model, new.with_context)
     return 201, await read(serializers.run_json, run)
 
 
@@ -77,13 +76,13 @@ async def get_predictions(request: HttpRequest, id: UUID) -> HttpResponse:
 async def stop_run(request: HttpRequest, id: UUID) -> dict[str, Any]:
     """Stops a run, which keeps its answers; returns its run_json."""
     await read(selectors.run, request.user, id)
-    await hub.stop_set(id)
+    await runs.stop(id)
     return await get_run(request, id)
 
 
 async def resume_run(request: HttpRequest, id: UUID) -> dict[str, Any]:
     """Resumes a run with the questions that have no answer yet; returns its run_json."""
-    await hub.run_set(question_sets.resume_run, request.user, id)
+    await runs.start(question_sets.resume_run, request.user, id)
     return await get_run(request, id)
 
 

@@ -64,7 +64,7 @@ def test_any_user_of_the_image_has_a_home_and_a_name_and_infiniband():
     home, user = re.findall(r"HOME=(/\S+) USER=(\S+)", final)[0]
     assert f" --mode=1777 {home} /work" in final and f"--uid 1001 {user}" in final
     assert "ibverbs-providers" in final  # the library alone finds no card
-    for text in (DOCKERFILE, (ROOT / "launch" / "README.md").read_text()):
+    for text in (DOCKERFILE, (ROOT / "docs" / "clusters.md").read_text()):
         assert '--user "$(id -u):$(id -g)"' in text and "--ipc=host" in text
 
 

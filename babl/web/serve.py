@@ -96,7 +96,7 @@ def serve(options: ServerOptions) -> int:
     for folder in options.models:
         if not folder.is_dir():
             raise UserError(
-                f"--models: {folder} is no folder; name one that has models, or a model (`babl pull` makes one)"
+                f"--models: {folder} is not a folder; name one that has models, or a model (`babl pull` makes one)"
             )
     _check_address(options.host)
     listening = _listen(options.host, options.port)
@@ -114,7 +114,7 @@ def serve(options: ServerOptions) -> int:
         from babl.web.engine.client import DEFAULT_FOLDERS, EngineClient
 
         if not asyncio.run(write(lock)):
-            raise UserError("DATABASE_URL: another server has this database; end it, or choose another one")
+            raise UserError("DATABASE_URL: another server uses this database; stop it, or choose another one")
         host = f"[{options.host}]" if ":" in options.host else options.host
         link.address = f"http://{host}:{listening.getsockname()[1]}"
 
@@ -140,7 +140,7 @@ def serve(options: ServerOptions) -> int:
                 await super().startup(sockets)
                 if self.started:
                     where = link if settings.BABL_AUTH == "local" else link.address
-                    print(f"Babl is at {where}  (Ctrl-C ends it)", flush=True)
+                    print(f"Babl is at {where}  (Ctrl-C stops it)", flush=True)
 
         raise_file_limit()
         config = uvicorn.Config(
@@ -223,7 +223,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.bind(address)
         listening.listen()  # two servers may both bind, but only one can listen
     except OSError as error:
-        raise UserError(f"--port: {host}:{port} cannot be listened at ({error.strerror}); choose another one") from None
+        raise UserError(f"--port: {host}:{port} cannot be used ({error.strerror}); choose another one") from None
     return listening
 
 
@@ -267,5 +267,5 @@ def _lock_folder(folder: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise UserError(f"--data: another server has {folder}; end it, or choose another folder") from None
+        raise UserError(f"--data: another server uses {folder}; stop it, or choose another folder") from None
     return file

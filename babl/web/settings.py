@@ -51,7 +51,7 @@ def _secret_key() -> str:
     key = file.read_bytes()
     if not re.fullmatch(rb"[\w-]{64}", key):
         raise UserError(
-            f"{file} has {len(key)} bytes that are no key, expected 64 letters, digits, - and _; delete it to get"
+            f"{file} has {len(key)} bytes that are not a key, expected 64 letters, digits, - and _; delete it to get"
             " a new one, and everybody has to log in again"
         )
     return key.decode()

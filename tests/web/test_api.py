@@ -132,7 +132,7 @@ def test_several_prompts_and_several_answers_come_in_order(client):
         ("n", {"n": 33}, "n is 33"),
         ("prompt", {"prompt": []}, "to 0 prompts"),
         ("n", {"prompt": ["a"] * 33}, "to 33 prompts"),
-        ("n", {"n": 2, "stream": True}, "n asks for 2 answers, of which a stream has one"),
+        ("n", {"n": 2, "stream": True}, "n asks for 2 answers, but a stream has one"),
         ("prompt", {"prompt": ["a", "b"], "stream": True}, "prompt asks for 2 answers"),
         ("logprobs", {"logprobs": 1, "stream": True}, "logprobs is not supported in a stream"),
         ("echo", {"echo": True, "stream": True}, "echo is not supported in a stream"),

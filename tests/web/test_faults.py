@@ -280,5 +280,5 @@ def test_a_restarted_postgresql_costs_no_word_and_the_server_keeps_the_database(
         assert answer["status"] == "done" and answer["content"].split() == ["alpha", "beta"] * 75
         wait_for(lambda: me.thread(id)["messages"][-1]["content"] == answer["content"])
         other = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
-        assert other.returncode == 2 and "DATABASE_URL: another server has this database" in other.stderr
+        assert other.returncode == 2 and "DATABASE_URL: another server uses this database" in other.stderr
         assert me.answer(me.ask(id, "tokens=1 delay=0 on", parent=answer["id"]))["content"] == "on"

@@ -37,15 +37,15 @@ def test_an_address_that_others_reach_needs_login(tmp_path):
 def test_what_is_taken_is_said(server, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert f"--port: 127.0.0.1:{port} cannot be listened at (Address already in use)" in refused(
+        assert f"--port: 127.0.0.1:{port} cannot be used (Address already in use)" in refused(
             "--data", tmp_path, "--port", port
         )
     assert "--port is 70000, expected 0 to 65535" in refused("--data", tmp_path, "--port", 70000)
-    assert f"--data: another server has {server.data}" in refused("--data", server.data, "--port", 0)
+    assert f"--data: another server uses {server.data}" in refused("--data", server.data, "--port", 0)
     if server.environment:  # PostgreSQL, which two could share without sharing the folder
         at = ("--data", tmp_path / "other", "--port", 0)
-        assert "DATABASE_URL: another server has this database" in refused(*at, **server.environment)
-    nowhere = f"--models: {tmp_path / 'none'} is no folder; name one that has models, or a model"
+        assert "DATABASE_URL: another server uses this database" in refused(*at, **server.environment)
+    nowhere = f"--models: {tmp_path / 'none'} is not a folder; name one that has models, or a model"
     assert nowhere in refused("--data", tmp_path / "new", "--models", tmp_path / "none")
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").touch()
@@ -90,7 +90,7 @@ def test_a_folder_that_cannot_be_private_is_refused(tmp_path):
 @pytest.mark.parametrize("damaged", [b"", b"short", b"x" * 63 + b"\xff"])
 def test_a_damaged_key_is_said(tmp_path, damaged):
     (tmp_path / "secret-key").write_bytes(damaged)
-    assert f"secret-key has {len(damaged)} bytes that are no key, expected 64 letters" in refused(
+    assert f"secret-key has {len(damaged)} bytes that are not a key, expected 64 letters" in refused(
         "--data", tmp_path, "--port", 0
     )
     assert (tmp_path / "secret-key").read_bytes() == damaged
@@ -137,7 +137,7 @@ def test_of_two_servers_started_at_once_on_a_port_one_serves(tmp_path):
         refused_one = next(each for each in both if each.poll() is not None)
         assert refused_one.returncode == 2
         assert refused_one.stderr.read() == (
-            f"babl serve: --port: 127.0.0.1:{port} cannot be listened at (Address already in use); choose another one\n"
+            f"babl serve: --port: 127.0.0.1:{port} cannot be used (Address already in use); choose another one\n"
         )
         assert httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=30).text == "ok\n"
     finally:

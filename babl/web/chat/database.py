@@ -66,7 +66,7 @@ def _set_up_writer(connection: Any, **_: Any) -> None:
         while not _try_lock(connection):
             if time.monotonic() > deadline:
                 connection.close()
-                raise OperationalError("another server has taken this database")
+                raise OperationalError("another server has locked this database")
             time.sleep(0.1)
     if connection.vendor == "sqlite":
         with connection.cursor() as cursor:

@@ -88,7 +88,7 @@ def _api_error(error: Exception) -> ApiError:
         case EngineError():
             return engine_failure(error.failed)
         case ObjectDoesNotExist():
-            return ApiError(404, "unknown", "there is no such thing")
+            return ApiError(404, "unknown", "not found")
         case Conflict():
             return ApiError(409, "conflict", str(error))
         case UserError() | msgspec.ValidationError() | msgspec.DecodeError():
@@ -143,7 +143,7 @@ def parse_id(text: str) -> UUID:
     try:
         return UUID(text)
     except ValueError:
-        raise UserError(f"{text!r} is no id") from None
+        raise UserError(f"{text!r} is not an id") from None
 
 
 def is_form(request: HttpRequest) -> bool:

@@ -116,14 +116,14 @@ class Chat(Sampling, kw_only=True):
     def requests(self, user: str) -> list[ChatRequest]:
         """Returns the requests to the engine."""
         if not self.messages or self.messages[-1].role != "user":
-            raise UserError("messages must end with one of the user")
+            raise UserError("the last message must be the user's")
         messages = [Message(_role(each), _text(each)) for each in self.messages]
         return [ChatRequest("", self.model, messages, self.settings(), self.context, user, self.likeliest())]
 
     def likeliest(self) -> int | None:
         """Returns how many of the likeliest tokens to list for each token; None to list no tokens."""
         if self.top_logprobs and not self.logprobs:
-            raise unsupported_parameter("top_logprobs", "top_logprobs is for logprobs: true")
+            raise unsupported_parameter("top_logprobs", "top_logprobs is supported with logprobs: true only")
         return (self.top_logprobs or 0) if self.logprobs else None
 
 

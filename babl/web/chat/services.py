@@ -262,7 +262,7 @@ def ask(user: Any, id: UUID, body: NewQuestion) -> Asked:
         if parent is None:
             raise Conflict("the answer this question follows is not in the conversation")
         if parent.generation.status in LIVE:
-            raise Conflict("the answer before is still being written")
+            raise Conflict("the previous answer is still being written")
     variants = [(model, context) for model in dict.fromkeys(body.models) for context in dict.fromkeys(body.contexts)]
     if not 1 <= len(variants) <= MAX_COLUMNS:
         raise UserError(f"{len(variants)} answers were asked for, expected 1 to {MAX_COLUMNS}")
@@ -295,7 +295,7 @@ def ask(user: Any, id: UUID, body: NewQuestion) -> Asked:
 def _check_not_in_trash(conversation: Conversation) -> None:
     """Raises a Conflict if the conversation is in the trash, where nobody would find the answer."""
     if conversation.deleted is not None:
-        raise Conflict("the conversation is in the trash; take it back first")
+        raise Conflict("the conversation is in the trash; restore it first")
 
 
 def _title(text: str) -> str:

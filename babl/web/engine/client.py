@@ -49,7 +49,7 @@ RESTART_DELAYS = (0.0, 0.5, 2.0, 8.0, 30.0)  # seconds before each start since t
 MAX_FAILED_STARTS = 3  # in a row, after which requests are refused
 SOCKET_PATH_BYTES = 103  # that every system allows; Linux allows 107
 MAX_HELD = 64  # requests that wait for an engine process
-BROKE_DOWN = "the engine broke down while it was answering, and is started again"
+CRASHED = "the engine crashed while it was answering, and is being restarted"
 
 Losses = asyncio.Queue["asyncio.Future[Exception | None]"]  # of each channel that was made: done when it is lost
 R = TypeVar("R")
@@ -250,7 +250,7 @@ class EngineClient:
     async def _ask(self, make: Callable[[str], msgspec.Struct], kind: type[R]) -> R:
         id = f"call-{next(self._call_ids)}"
         if self._channel is None:
-            raise EngineError(Failed(id, "engine", BROKE_DOWN))
+            raise EngineError(Failed(id, "engine", CRASHED))
         answer = self._calls[id] = asyncio.get_running_loop().create_future()
         try:
             self._channel.send(make(id))
@@ -360,7 +360,7 @@ class EngineClient:
                 if not self._replacing:
                     self.restarts += 1
                 self._replacing = False
-                reason = BROKE_DOWN
+                reason = CRASHED
                 if failures >= MAX_FAILED_STARTS:
                     self._settled.set()
                     reason = self._start_error = (

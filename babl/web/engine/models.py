@@ -145,7 +145,7 @@ def load_model(name: str, folders: Sequence[Path], device: str, dtype: str) -> L
     loaded = Loaded(Engine.load(folder, device, dtype), reader, weights, tokenizer, state.memory)
     changed = [path for path, stat in _file_stats(stats).items() if stat != stats[path]]
     if changed:  # what was hashed may differ from what was loaded
-        raise UserError(f"{changed[0]} was changed while {name} was read from it; load it again once it is whole")
+        raise UserError(f"{changed[0]} was changed while {name} was read from it; load it again once it is complete")
     return loaded
 
 

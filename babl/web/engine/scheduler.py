@@ -296,7 +296,7 @@ class Scheduler:
             self._fail_worker(name, "broken", f"{name}: {str(error).removeprefix(f'{worker.loaded.engine.name}: ')}")
         except Exception as error:  # whatever it is, the other models go on
             traceback.print_exc(file=sys.stderr)
-            self._fail_worker(name, "engine", f"{name} broke down ({type(error).__name__})")
+            self._fail_worker(name, "engine", f"{name} crashed ({type(error).__name__})")
         return True
 
     def _fail_worker(self, name: str, code: FailureCode, reason: str) -> None:

@@ -147,7 +147,7 @@ def test_a_killed_process_costs_its_answers_and_the_next_ones_work(started, loop
         await asyncio.sleep(0)
         os.kill(pid, signal.SIGKILL)
         failures = [await until(stream, Failed) for stream in streams]
-        with pytest.raises(EngineError, match="broke down"):
+        with pytest.raises(EngineError, match="crashed"):
             await call
         held = [client.submit(complete("bloom", "the fox", max_new_tokens=3)) for _ in range(2)]
         await client.cancel(list(client._streams)[1])
@@ -155,7 +155,7 @@ def test_a_killed_process_costs_its_answers_and_the_next_ones_work(started, loop
 
     failures, answered, cancelled = loop.run(kill())
     assert {(failed.code, failed.message) for failed in failures} == {
-        ("engine", "the engine broke down while it was answering, and is started again")
+        ("engine", "the engine crashed while it was answering, and is being restarted")
     }
     assert answered.tokens == 3 and cancelled.finish == "cancelled"
     assert client.restarts == 1 and client.pid != pid and gone(pid)

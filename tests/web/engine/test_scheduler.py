@@ -352,7 +352,7 @@ def test_a_model_that_breaks_down_fails_its_own_answers_alone(hand, loop, comple
     engine = made.scheduler._workers["bloom"].loaded.engine
     engine.hook = fail
     loop.run(made.finish(broken, other))
-    assert made.last(broken) == Failed(broken, "engine", "bloom broke down (RuntimeError)")
+    assert made.last(broken) == Failed(broken, "engine", "bloom crashed (RuntimeError)")
     assert isinstance(made.last(other), Done) and "out of memory" in capsys.readouterr().err
     engine.hook = None
     (again,) = made.submit(complete("bloom", "the fox", max_new_tokens=3))

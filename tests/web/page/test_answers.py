@@ -48,7 +48,7 @@ def test_a_passage_comes_from_a_file_and_is_stored_once(tab, tmp_path):
         tab.page.click("[aria-label='Ask without the passage']")
         tab.expect(tab.page.locator("#chips")).to_be_empty()
     tab.page.click("#attach")
-    tab.page.get_by_role("list", name="Used before").get_by_role("button", name="fox.txt", exact=True).click()
+    tab.page.get_by_role("list", name="Earlier passages").get_by_role("button", name="fox.txt", exact=True).click()
     tab.expect(tab.page.locator("#passage-text")).to_have_text(FOX)
     assert len([each for each in tab.api("/api/passages")["passages"] if each["title"] == "fox.txt"]) == 1
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
@@ -73,10 +73,10 @@ def test_with_and_without_context_side_by_side_with_scores(tab):
     tab.expect(columns.nth(1).locator(".scores")).to_have_text("EM 0 F1 0")
     tab.expect(tab.page.locator(".gains")).to_have_text("scripted: with the passage, F1 +100 and EM +100")
     tab.expect(tab.page.locator(".branches")).to_have_count(0)  # the two are one branch
-    columns.nth(1).get_by_role("button", name="Go on from this one").click()
-    tab.expect(columns.nth(1)).to_contain_text("goes on from here")
+    columns.nth(1).get_by_role("button", name="Continue from this one").click()
+    tab.expect(columns.nth(1)).to_contain_text("continues from here")
     tab.page.reload()
-    tab.expect(columns.nth(1)).to_contain_text("goes on from here")
+    tab.expect(columns.nth(1)).to_contain_text("continues from here")
     tab.expect(tab.page.locator("#content")).to_be_visible()
     tab.page.locator("[aria-label='Edit and ask as a new branch']").click()
     tab.page.check("#gold-none")
@@ -128,7 +128,7 @@ def test_a_wrong_answer_is_put_right_by_selecting_or_typing_the_right_one(tab, t
     select(tab, " Ruritania ", which=0)  # "… and Ruritania is": blanks do not count
     tab.expect(page.locator("#correct-text")).to_have_value("Ruritania")
     page.click("#correct-save")
-    tab.expect(page.locator(".judged")).to_have_text("You say: wrong; right is Ruritania")
+    tab.expect(page.locator(".judged")).to_have_text("Your feedback: wrong; right is Ruritania")
     begin = FOX.index("Ruritania is")
     assert tab.api(f"/api/conversations/{tab.id}")["messages"][1]["feedback"]["span"] == {
         "start": begin,
@@ -137,7 +137,7 @@ def test_a_wrong_answer_is_put_right_by_selecting_or_typing_the_right_one(tab, t
 
     page.click("[aria-label=Wrong]")
     page.fill("#correct-text", "nowhere at all")
-    tab.expect(page.locator("#correct-found")).to_have_text("This is nowhere in the passage.")
+    tab.expect(page.locator("#correct-found")).to_have_text("This is not in the passage.")
     tab.expect(page.locator("#correct-save")).to_be_disabled()
     page.fill("#correct-text", "Ruritania")
     tab.expect(page.locator("#correct-found")).to_contain_text("2 places in the passage")
@@ -152,10 +152,10 @@ def test_a_wrong_answer_is_put_right_by_selecting_or_typing_the_right_one(tab, t
     tab.ask("tokens=1 Who rules it?")
     page.locator("[aria-label=Wrong]").last.click()
     page.click("#correct-none")
-    tab.expect(page.locator(".judged").last).to_have_text("You say: wrong; the passage has no answer")
+    tab.expect(page.locator(".judged").last).to_have_text("Your feedback: wrong; the passage has no answer")
     tab.ask("tokens=3 What comes first?")
     page.locator("[aria-label=Right]:not(#right)").last.click()
-    tab.expect(page.locator(".judged").last).to_have_text("You say: right")
+    tab.expect(page.locator(".judged").last).to_have_text("Your feedback: right")
 
     tab.visit("/settings/")
     page.fill("[name=test_share]", "0")

@@ -102,7 +102,7 @@ def test_an_edit_is_a_branch_and_so_is_another_answer(tab):
     tab.expect(tab.page.locator(".turn.assistant .said")).to_have_text(["second thought"])
     branches = tab.page.locator(".turn.user .branches")
     tab.expect(branches).to_have_text("2 / 2")
-    tab.page.click("[aria-label='Branch before']")
+    tab.page.click("[aria-label='Previous branch']")
     tab.expect(tab.page.locator(".turn.assistant .said")).to_have_text(["first thought", "and then"])
     tab.page.locator("[aria-label='Answer again']").last.click()
     tab.expect(tab.page.locator(".turn.assistant .branches")).to_have_text("2 / 2")
@@ -150,7 +150,7 @@ def test_conversations_are_found_renamed_archived_and_deleted_with_a_way_back(ta
     tab.expect(page.locator("#list")).to_contain_text("Green stones")
     choose("Delete")
     page.click("[data-list=trash]")
-    choose("Delete for good")
+    choose("Delete permanently")
     page.click("#confirm [value=yes]")
     tab.expect(page.locator("#list")).not_to_contain_text("Green stones")
 
@@ -228,7 +228,7 @@ def test_a_conversation_deleted_in_another_tab_takes_no_question_and_loses_none(
     other.page.fill("#content", "begun here")
     tab.page.click("[data-list=trash]")
     tab.page.locator(f"#list li:has(a[href='/c/{other.id}/']) button").click()
-    tab.page.click("[role=menuitem]:text-is('Delete for good')")
+    tab.page.click("[role=menuitem]:text-is('Delete permanently')")
     other.expected.append("404")
     tab.page.click("#confirm [value=yes]")
     other.expect(other.page.locator("#welcome")).to_be_visible()
@@ -388,7 +388,7 @@ def test_export_and_import_lose_nothing_and_double_nothing(tab, tmp_path):
 
     tab.visit("/settings/")
     tab.page.set_input_files("#import", tmp_path / "out.json")
-    tab.says("All of it was here already; nothing has changed.")
+    tab.says("Everything was here already; nothing has changed.")
     text = (tmp_path / "out.json").read_text()
     for row in [*file["conversations"], *file["conversations"][0]["messages"]]:
         text = text.replace(row["id"], row["id"][:-4] + "beef")

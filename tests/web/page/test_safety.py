@@ -106,7 +106,7 @@ def test_axe_finds_no_serious_fault(open_tab, axe, colours):
     page.click("#right")
     page.fill("#gold", "The fox")
     tab.ask("tokens=2 Who **lives** there?\n\n| a | b |\n|---|---|\n| 1 | 2 |")
-    page.click("[aria-label='Do not compare']")
+    page.click("[aria-label='Stop comparing']")
     tab.ask("tokens=30 ```py\nimport x\n```\n\n* one\n* two")
     page.locator("[aria-label=Wrong]").last.click()
     page.fill("#content", "what else")

@@ -91,7 +91,7 @@ class FeedbackRow(Row):
         super().__post_init__()
         start, end = self.right_start, self.right_end
         if (start, end) != (None, None) and (start is None or end is None or start >= end or self.no_answer):
-            raise UserError(f"the right answer is [{start}, {end}) and no_answer {self.no_answer}, which is no span")
+            raise UserError(f"the right answer is [{start}, {end}) and no_answer {self.no_answer}, which is not a span")
 
 
 class MessageRow(Row):
@@ -112,7 +112,7 @@ class MessageRow(Row):
         super().__post_init__()
         answers = self.role == Message.Role.ASSISTANT
         if answers != (self.generation is not None) or (answers and self.parent is None):
-            raise UserError(f"message {self.id}: an answer has a question before it and says how it came about")
+            raise UserError(f"message {self.id}: an answer needs a question before it and a generation")
 
 
 class ConversationRow(Row):
@@ -140,7 +140,7 @@ class ConversationRow(Row):
         roles: dict[UUID | None, str] = {None: Message.Role.ASSISTANT}  # a question may be the first
         for row in self.messages:
             if row.parent not in roles:
-                raise UserError(f"message {row.id}: its parent {row.parent} does not stand before it")
+                raise UserError(f"message {row.id}: its parent {row.parent} does not come before it")
             if roles[row.parent] == row.role:
                 raise UserError(f"message {row.id} follows {row.parent}, and both are of the {row.role}")
             roles[row.id] = row.role
@@ -160,7 +160,7 @@ class File(msgspec.Struct):
         ids = [each.id for each in self.conversations]
         ids += [message.id for each in self.conversations for message in each.messages]
         if twice := next((id for id, number in Counter(ids).items() if number > 1), None):
-            raise UserError(f"the id {twice} stands twice in the file")
+            raise UserError(f"the id {twice} occurs twice in the file")
         known = {row.id for row in self.passages}
         for each in self.conversations:
             for id in (each.passage, *(message.passage for message in each.messages)):

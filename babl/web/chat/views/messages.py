@@ -45,7 +45,7 @@ async def ask_again(request: HttpRequest, id: UUID) -> tuple[int, dict[str, Any]
 
 def _check_rate(request: HttpRequest) -> None:
     if not hub.is_open:
-        raise ApiError(503, "engine", "the server is about to end", 5)
+        raise ApiError(503, "engine", "the server is shutting down", 5)
     if wait := access.questions.wait(str(request.user.pk)):
         raise ApiError(429, "rate", "too many questions in a minute; the question was not sent", wait)
 

@@ -66,7 +66,7 @@ def endpoint(**handlers: Handler) -> Any:
             request.user = await _authenticate(request)
             handler = handlers.get(request.method or "")
             if handler is None:
-                raise ApiError(405, "method", f"{request.method} is not possible here")
+                raise ApiError(405, "method", f"{request.method} is not allowed here")
             found = await handler(request, **arguments)
         except (UserError, msgspec.ValidationError, msgspec.DecodeError) as error:
             named = re.search(r" - at `\$\.(\w+)", str(error))
@@ -107,7 +107,7 @@ def _check_rate(user: str) -> None:
 
 def no_key() -> ApiError:
     """Returns the error of a request whose API key is unknown, revoked or missing."""
-    return ApiError(401, "invalid_api_key", "the Authorization header has no key that is in force")
+    return ApiError(401, "invalid_api_key", "the Authorization header has no valid API key")
 
 
 def error_response(error: ApiError) -> JsonResponse:
@@ -133,7 +133,7 @@ def _read_body(request: HttpRequest, kind: type[S]) -> S:
     for name in sent.keys() - IGNORED - set(kind.__struct_fields__):
         allowed = NEUTRAL.get(name)
         if allowed is None:
-            raise unsupported_parameter(name, f"{name} is no parameter of this server")
+            raise unsupported_parameter(name, f"{name} is not a parameter of this server")
         given = sent[name]
         # 1 and True are equal, but not the same parameter.
         same = any(value == given and isinstance(value, bool) == isinstance(given, bool) for value in allowed)
@@ -248,7 +248,7 @@ async def _respond(asked: Chat | Completion, requests: Sequence[ChatRequest | Co
         return base | {"choices": choices, "usage": usage(ends, number, asked)}
     if len(every) > 1:
         name = "n" if number > 1 else "prompt"
-        raise unsupported_parameter(name, f"{name} asks for {len(every)} answers, of which a stream has one")
+        raise unsupported_parameter(name, f"{name} asks for {len(every)} answers, but a stream has one")
     if asked.likeliest() is not None:
         name = "echo" if isinstance(asked, Completion) and asked.echo else "logprobs"
         raise unsupported_parameter(name, f"{name} is not supported in a stream; ask without stream")

@@ -179,7 +179,7 @@ function gone() {
   leave();
   if (!content.trim()) return;
   composer.begin(content);
-  toast("This conversation was deleted for good. What you wrote is still here.");
+  toast("This conversation was deleted permanently. What you wrote is still here.");
 }
 
 /** Shows in the panel the passage of the last answer, or the one attached to the next question. */
@@ -426,11 +426,11 @@ shortcuts.listen([
   ["c", "Compare", () => composer.toggleCompare()],
   ["g", "Give the right answer", () => composer.toggleGold()],
   ["m", "Models", () => models.open()],
-  ["s", "Settings: how it answers", options],
+  ["s", "Answer settings", options],
   ["e", "Edit the last question", () => last("user") && composer.edit(last("user"))],
   ["r", "Answer again", () => last("assistant") && !isLive(last("assistant")) && acts.again(last("assistant"))],
-  ["[", "Branch before", () => branch(-1)],
-  ["]", "Branch after", () => branch(1)],
+  ["[", "Previous branch", () => branch(-1)],
+  ["]", "Next branch", () => branch(1)],
   ["?", "This list", shortcuts.open],
 ]);
 

@@ -160,12 +160,12 @@ export class Composer {
     const { draft } = this;
     const chips = [];
     if (draft.edits) {
-      chips.push(h("span", { class: "chip" }, icon("edit"), h("span", { text: "Asked anew beside the old question" }), iconButton("close", "Do not edit", () => this.cancelEdit())));
+      chips.push(h("span", { class: "chip" }, icon("edit"), h("span", { text: "Asked as a new branch" }), iconButton("close", "Cancel the edit", () => this.cancelEdit())));
     }
     if (draft.comparing && !draft.choosing) {
       const text = `${draft.models.join(", ")}${draft.both && draft.passage ? ", with and without the passage" : ""}`;
       chips.push(h("span", { class: "chip" }, icon("columns"), h("button", { type: "button", class: "link", text, title: "Side by side", onclick: () => this.toggleCompare(true) }),
-        iconButton("close", "Do not compare", () => this.toggleCompare(false))));
+        iconButton("close", "Stop comparing", () => this.toggleCompare(false))));
     }
     if (draft.passage) {
       const name = h("span", { text: "Passage", dir: "auto" });

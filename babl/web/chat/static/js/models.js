@@ -72,7 +72,7 @@ export class Models {
     const memory = this.all.reduce((sum, model) => sum + (model.state === "loaded" ? model.memory : 0), 0);
     const loaded = this.all.filter((model) => model.state === "loaded").length;
     $("models-note").textContent = this.all.length
-      ? loaded ? `${plural(loaded, "model")} in memory, ${bytes(memory)} together.` : "A model is read into memory when it is first asked."
+      ? loaded ? `${plural(loaded, "model")} in memory, ${bytes(memory)} together.` : "A model is loaded when it is first asked."
       : !this.known ? "The engine is starting; its models are listed in a moment."
       : "No model in the folders searched: models/ and runs/, or what --models names, which is the folder around those of the models. `make demo` trains small ones; `babl pull` fetches others.";
     const focused = document.activeElement?.id;

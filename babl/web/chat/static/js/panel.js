@@ -48,7 +48,7 @@ export class Panel {
     this.text = "";
     $("passage-title").textContent = "Passage";
     $("passage-answer").textContent = "";
-    $("passage-text").replaceChildren(h("p", { class: "note", text: "Attach a text to a question, and it stands here with the answer marked in it." }));
+    $("passage-text").replaceChildren(h("p", { class: "note", text: "A text attached to a question is shown here, with the answer marked." }));
   }
 
   /** Shows a passage, and marks the answer in it. */
@@ -129,7 +129,7 @@ export class Panel {
     const typed = $("correct-text").value.trim();
     const places = typed ? this.text.split(typed).length - 1 : 0;
     $("correct-save").disabled = !this.span;
-    $("correct-found").textContent = !typed ? "" : !this.span ? "This is nowhere in the passage."
+    $("correct-found").textContent = !typed ? "" : !this.span ? "This is not in the passage."
       : places > 1 ? `${plural(places, "place")} in the passage; select another one if the marked one is not meant.` : "Found in the passage.";
   }
 

@@ -19,7 +19,7 @@ async function keys() {
   const found = await attempt(call("GET", "/api/keys"));
   if (!found) return;
   const revoke = async (key) => {
-    if (!(await confirmed(`Programs that use “${key.name}” will not come in any more.`, "Revoke"))) return;
+    if (!(await confirmed(`Programs that use “${key.name}” can no longer use this server.`, "Revoke"))) return;
     await attempt(call("DELETE", `/api/keys/${key.id}`));
     await keys();
   };
@@ -48,7 +48,7 @@ $("import").addEventListener("change", async (event) => {
   const news = conversations + messages + passages;
   $("status").textContent = news
     ? `Imported ${plural(conversations, "conversation")}, ${plural(messages, "message")} and ${plural(passages, "passage")}.`
-    : "All of it was here already; nothing has changed.";
+    : "Everything was here already; nothing has changed.";
   toast($("status").textContent);
 });
 

@@ -80,7 +80,7 @@ export class Sidebar {
 
   render() {
     const rows = this.rows.map((row) => this.#row(row));
-    const nothing = h("li", { class: "note", text: this.query ? `Nothing has “${this.query}”.` : EMPTY[this.kind] });
+    const nothing = h("li", { class: "note", text: this.query ? `No conversation has “${this.query}”.` : EMPTY[this.kind] });
     const { scrollTop } = $("list");
     $("list").replaceChildren(...(rows.length ? rows : [nothing]));
     $("list").scrollTop = scrollTop;
@@ -98,7 +98,7 @@ export class Sidebar {
     const link = h("a", { href: `/c/${row.id}/${row.message ? `#m-${row.message}` : ""}`, "aria-current": current ? "page" : null, onclick: open },
       h("span", { dir: "auto" }, ...(this.query ? marked(title, this.query) : [title])),
       row.excerpt && row.message && row.excerpt !== title ? h("small", { dir: "auto" }, ...marked(row.excerpt, this.query)) : h("small", {}, h("time", { datetime: row.updated, text: when(row.updated) })));
-    const button = iconButton("more", `What to do with ${title}`, () => menu(button, this.items(row)), { "aria-haspopup": "menu", "aria-expanded": "false" });
+    const button = iconButton("more", `Actions for ${title}`, () => menu(button, this.items(row)), { "aria-haspopup": "menu", "aria-expanded": "false" });
     return h("li", {}, link, button);
   }
 
@@ -106,15 +106,15 @@ export class Sidebar {
   items(row) {
     if (row.deleted) {
       return [
-        { text: "Take it back", act: () => this.change(row, { deleted: false }) },
-        { text: "Delete for good", danger: true, act: () => this.#purge(row) },
+        { text: "Restore", act: () => this.change(row, { deleted: false }) },
+        { text: "Delete permanently", danger: true, act: () => this.#purge(row) },
       ];
     }
     return [
       { text: "Rename", act: () => this.acts.rename(row) },
       { text: "Export as JSON", act: () => location.assign(`/api/conversations/${row.id}/export?format=json`) },
       { text: "Export as Markdown", act: () => location.assign(`/api/conversations/${row.id}/export?format=md`) },
-      { text: row.archived ? "Take out of the archive" : "Archive", act: () => this.change(row, { archived: !row.archived }) },
+      { text: row.archived ? "Unarchive" : "Archive", act: () => this.change(row, { archived: !row.archived }) },
       { text: "Delete", danger: true, act: () => this.change(row, { deleted: true }) },
     ];
   }
@@ -122,7 +122,7 @@ export class Sidebar {
   /** Archives, trashes or restores a conversation, with a button to undo. */
   async change(row, how) {
     const [[name, value]] = Object.entries(how);
-    const said = { archived: ["Archived", "Back from the archive"], deleted: ["Moved to the trash", "Back from the trash"] }[name];
+    const said = { archived: ["Archived", "Unarchived"], deleted: ["Moved to the trash", "Restored"] }[name];
     try {
       await call("PATCH", `/api/conversations/${row.id}`, how);
       this.acts.changed(row.id);
@@ -139,7 +139,7 @@ export class Sidebar {
   }
 
   async #purge(row) {
-    if (!(await confirmed(`“${row.title || "New conversation"}” and its messages will be gone for good.`, "Delete for good"))) return;
+    if (!(await confirmed(`“${row.title || "New conversation"}” and its messages will be gone for good.`, "Delete permanently"))) return;
     try {
       await call("DELETE", `/api/conversations/${row.id}`);
       this.acts.changed(row.id);

@@ -124,9 +124,9 @@ export class Transcript {
     const at = siblings.indexOf(message.id);
     const go = (step) => () => this.acts.goTo(siblings[at + step]);
     return h("span", { class: "branches", role: "group", "aria-label": "Branches" },
-      action("left", "Branch before", go(-1), { disabled: at <= 0 }),
+      action("left", "Previous branch", go(-1), { disabled: at <= 0 }),
       h("span", { text: `${at + 1} / ${siblings.length}`, "aria-label": `branch ${at + 1} of ${siblings.length}` }),
-      action("right", "Branch after", go(1), { disabled: at >= siblings.length - 1 }));
+      action("right", "Next branch", go(1), { disabled: at >= siblings.length - 1 }));
   }
 
   #answers(message, state, isLast) {
@@ -182,8 +182,8 @@ export class Transcript {
       action("up", "Right", () => acts.praise(part), { "aria-pressed": part.feedback?.good === true ? "true" : "false" }),
       action("down", "Wrong", () => acts.correct(part), { "aria-pressed": part.feedback?.good === false ? "true" : "false" }),
       side && isLast && (shown
-        ? h("span", { class: "note", text: "goes on from here" })
-        : h("button", { type: "button", class: "plain-button small", text: "Go on from this one", onclick: () => acts.carryOn(part) }))));
+        ? h("span", { class: "note", text: "continues from here" })
+        : h("button", { type: "button", class: "plain-button small", text: "Continue from this one", onclick: () => acts.carryOn(part) }))));
     return element;
   }
 
@@ -200,7 +200,7 @@ export class Transcript {
     if (part.status !== "done" || part.kind === "completion") return null;
     const how = part.probability === null ? "" : ` · probability ${percent(part.probability)}`;
     if (!part.passage) return part.kind === "qa" ? h("p", { class: "verdict" }, `Answered without a passage${how}`) : null;
-    if (!part.content.trim()) return h("p", { class: "verdict" }, `No answer in the passage, says the model${how}`);
+    if (!part.content.trim()) return h("p", { class: "verdict" }, `No answer in the passage, according to the model${how}`);
     if (!part.span) return h("p", { class: "verdict absent" }, h("strong", { text: "Not in the passage" }), how);
     const quote = h("blockquote", { dir: "auto" });
     passage(part.passage).then(({ text }) => {
@@ -233,7 +233,7 @@ export class Transcript {
   #judged(part) {
     const { feedback } = part;
     if (!feedback) return null;
-    const line = h("p", { class: "judged" }, feedback.good ? "You say: right" : "You say: wrong");
+    const line = h("p", { class: "judged" }, feedback.good ? "Your feedback: right" : "Your feedback: wrong");
     if (feedback.no_answer) line.append("; the passage has no answer");
     if (feedback.span && part.passage) {
       passage(part.passage).then(({ text }) => line.append("; right is ", h("q", { text: Array.from(text).slice(feedback.span.start, feedback.span.end).join("") })));

@@ -137,7 +137,7 @@ def conversations(desk: Walk) -> None:
     page.press("#content", "Enter")
     expect(page.locator(".said.live")).to_contain_text(A_FEW_WORDS)
     page.reload()
-    expect(page.locator(".said.live")).to_contain_text(A_FEW_WORDS)
+    expect(page.locator(".facts").last).to_contain_text("tokens/s")
     desk.picture("reloaded", settled=False)
     expect(page.locator("#status")).to_have_text("Answered", timeout=60_000)
     page.locator("#scroll").evaluate("frame => (frame.scrollTop = 0)")

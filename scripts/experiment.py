@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from babl.config import build_config, load_config
 from babl.distributed.failure import EXIT_PREEMPTED
@@ -24,7 +25,7 @@ from babl.errors import UserError, did_you_mean
 from babl.experiment.forecast import forecast
 from babl.experiment.plan import Cell, Design, Plan, freeze, load_plan, with_settings
 from babl.experiment.report import write_report
-from babl.experiment.run import Busy, CellError, Left, is_done, run_cell
+from babl.experiment.run import Busy, CellError, Left, is_done, last_step, run_cell
 from babl.experiment.verify import mismatches
 from babl.scripts.train import TrainConfig
 from babl.training.preemption import asked_to_leave
@@ -185,6 +186,8 @@ def side_by_side(request: Request, jobs: int, plan: Plan, cells: Sequence[Cell],
     command = [sys.executable, "-m", "babl.cli", "experiment", "run", request.config, *request.overrides, "--only"]
     running: list[subprocess.Popen] = []
     codes = {0}
+    steps = sum(plan.run_of(cell, {})["train"]["steps"] for cell in cells)
+    bar = tqdm(total=steps, desc="training", unit="step", mininterval=1.0)
     try:
         while waiting or running:
             while waiting and len(running) < jobs and not leave():
@@ -197,13 +200,23 @@ def side_by_side(request: Request, jobs: int, plan: Plan, cells: Sequence[Cell],
                     process.terminate()
             codes |= {process.returncode for process in running if process.poll() is not None}
             running = [process for process in running if process.returncode is None]
+            _show_progress(bar, plan, cells)
     finally:
+        bar.close()
         for process in running:
             process.terminate()
             process.wait()
     return EXIT_PREEMPTED if codes == {0, EXIT_PREEMPTED} else int(codes != {0})
 
 
+def _show_progress(bar: tqdm, plan: Plan, cells: Sequence[Cell]) -> None:
+    """Shows how many steps of all cells are done, and the last loss of those that are being trained."""
+    logged = [(cell, *last_step(plan, cell)) for cell in cells]
+    training = [(cell, loss) for cell, step, loss in logged if step and not is_done(plan, cell)]
+    bar.set_postfix({f"{cell.arm} loss": f"{loss:.2f}" for cell, loss in training}, refresh=False)
+    bar.update(sum(step for _, step, _ in logged) - bar.n)
+
+
 def say(line: str) -> None:
-    """The line stands on stderr."""
+    """Prints a line to stderr."""
     print(line, file=sys.stderr, flush=True)

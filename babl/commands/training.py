@@ -11,7 +11,7 @@ def add_demo(verbs: Verbs) -> None:
     sub = add_verb(verbs, "demo", demo, "embedded data: a model with and one without the context, compared in a report")
     sub.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo")
     sub.add_argument("--family", choices=("t5", "llama", "bloom"), default="t5")
-    sub.add_argument("--minutes", type=float, default=6.0, help="about how long all of it may take (default 6)")
+    sub.add_argument("--minutes", type=float, default=15.0, help="the most it may take, about (default 15)")
     sub.add_argument("--seed", type=int, default=0)
 
 

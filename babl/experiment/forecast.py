@@ -1,6 +1,7 @@
 """What an experiment will take, and what it can find: work, time, disk and power, before anything is frozen."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -48,6 +49,14 @@ class Trial:
     engine: Engine
 
 
+def cell_seconds(plan: Plan, model: str, arm: TrainArm, threads: int) -> float:
+    """Returns the seconds that training one of the plan's cells takes on so many threads, if nothing else runs."""
+    trial = try_model(plan, model, threads)
+    tokens, _ = _lengths(plan, trial.engine, arm)
+    examples = plan.tree["run"]["train"]["steps"] * plan.tree["run"]["batch"]["examples"]
+    return tokens * examples / trial.tokens_per_second
+
+
 def forecast(plan: Plan) -> Iterator[str]:
     """Yields lines that tell what the plan's cells will take here, one after another, and what they can find.
 
@@ -77,8 +86,13 @@ def forecast(plan: Plan) -> Iterator[str]:
     yield from _power(plan)
 
 
-def try_model(plan: Plan, model: str) -> Trial:
+def try_model(plan: Plan, model: str, threads: int | None = None) -> Trial:
     """Returns how fast a model trains and answers here.
+
+    Args:
+        plan: Whose settings it has.
+        model: One of the plan's.
+        threads: That train it; None for as many as torch takes.
 
     Raises:
         UserError: It does not train.
@@ -91,7 +105,8 @@ def try_model(plan: Plan, model: str) -> Trial:
         config = Path(aside) / "trial.toml"
         config.write_bytes(tomli_w.dumps(run).encode())
         command = [sys.executable, "-m", "babl.scripts.train", str(config)]
-        result = subprocess.run(command, capture_output=True, text=True)
+        environment = os.environ if threads is None else os.environ | {"OMP_NUM_THREADS": str(threads)}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
         if result.returncode:
             raise UserError(f"model {model} does not train: {result.stderr.strip().splitlines()[-1]}")
         folder = Path(aside) / "run" / "checkpoints" / "latest"

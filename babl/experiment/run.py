@@ -14,6 +14,7 @@ see the folder, may run the same experiment: a cell is one's whose lock it is.
 
 import hashlib
 import json
+import math
 import os
 import signal
 import socket
@@ -265,6 +266,18 @@ def _sizes(model: Path) -> dict[str, int]:
 
 def _log(folder: Path) -> list[Tree]:
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def last_step(plan: Plan, cell: Cell) -> tuple[int, float]:
+    """Returns the last logged step of a cell's training and its loss; (0, nan) before the first."""
+    try:
+        with (_folder(plan, cell) / "run" / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            lines = [line for line in file.read().splitlines()[-8:] if b'"loss"' in line and line.endswith(b"}")]
+        line = json.loads(lines[-1])
+        return line["step"], line["loss"]
+    except (OSError, ValueError, IndexError):  # not begun, or just being written
+        return 0, math.nan
 
 
 def _train_seconds(folder: Path) -> float:

@@ -28,16 +28,19 @@ HASH_DIGITS = 12  # of a sha256, which name weights and tokenizers
 def find_models(folders: Sequence[Path]) -> dict[str, Path]:
     """Returns the model folders by name, which is the path inside the folder searched; the first of a name counts.
 
-    A folder that is itself a model has the name of the folder.
+    A folder that is itself a model has the name of the folder; one that several paths lead to, the first path's.
     """
     found: dict[str, Path] = {}
+    seen: set[Path] = set()
     for folder in folders:
         if (folder / "config.json").is_file():
             found.setdefault(folder.name, folder)
         for pattern in PATTERNS:
             for path in sorted(folder.glob(pattern)):
                 name = path.relative_to(folder)
-                if os.path.isfile(path / "config.json") and not any(part.startswith(".") for part in name.parts):
+                hidden = any(part.startswith(".") for part in name.parts)
+                if os.path.isfile(path / "config.json") and not hidden and path.resolve() not in seen:
+                    seen.add(path.resolve())
                     found.setdefault(os.fsencode(name.as_posix()).decode("utf-8", "backslashreplace"), path)
     return found
 

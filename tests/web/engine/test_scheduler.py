@@ -388,6 +388,9 @@ def test_what_demo_and_train_leave_is_found(folder, tmp_path):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").touch()
     (tmp_path / "run/checkpoints/latest").symlink_to("step_000004")
+    (tmp_path / "demo/model-none").symlink_to("../run/checkpoints/latest")
+    assert list(models.find_models([tmp_path])) == ["demo/model-gold", "demo/model-none"]  # each is listed once
+    (tmp_path / "demo/model-none").unlink()
     assert list(models.find_models([tmp_path])) == ["demo/model-gold", "run/checkpoints/latest"]
     assert models.find_models([folder, tmp_path])["t5"] == folder / "t5"
     assert models.find_models([tmp_path / "absent"]) == {}

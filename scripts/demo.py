@@ -26,7 +26,7 @@ from babl.models.weights import Family
 from babl.scripts import experiment
 
 CONFIG = str(Path(__file__).with_name("demo.toml"))
-STEPS = 3000  # in which every family has learned to tell two people apart
+STEPS = 4500  # in which the model that reads has learned to tell two people apart
 SIDE_BY_SIDE = 1.7  # how much longer a step takes while the other arm trains: two CPUs are often one core
 RESERVE_SECONDS = 40  # for data, answers and the report
 SHAPES: dict[Family, dict[str, Any]] = {

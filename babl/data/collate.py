@@ -27,16 +27,18 @@ LONG_WORD = 16  # tokens; what has no line break for longer (a URL, a row of spa
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A question with what it may see, as text.
+    """A question with what it may see.
 
     Attributes:
         view: Index of the view.
         text: The whole prompt.
+        ids: Of the text, as the model reads it.
         span: Code points [start, end) of the context shown.
     """
 
     view: int
     text: str
+    ids: list[int]
     span: tuple[int, int]
 
 
@@ -112,20 +114,19 @@ def make_prompts(
         context (less than twice the stride) or is too long by itself; these have no prompt.
     """
     texts = [qa_prompt(view.question, view.context, style) for view in views]
-    long = [i for i, ids in enumerate(prompt_ids(texts, tokenizer, style, before)) if len(ids) > max_tokens]
+    ids = prompt_ids(texts, tokenizer, style, before)
+    long = [i for i, each in enumerate(ids) if len(each) > max_tokens]
     bare = [qa_prompt(views[i].question, None if views[i].context is None else "", style) for i in long]
     asked = dict(zip(long, map(len, prompt_ids(bare, tokenizer, style, before)), strict=True))
     rooms = {i: max_tokens - asked[i] for i in long if views[i].context is not None}
     rooms = {i: room for i, room in rooms.items() if room >= max(2 * stride, 1)}
     windows = _windows(views, rooms, tokenizer, max_tokens, stride, style, before)
     prompts, overlong = [], {}
-    for i, (view, text) in enumerate(zip(views, texts, strict=True)):
+    for i, view in enumerate(views):
         if i in windows:
-            assert view.context is not None
-            for start, end in windows[i]:
-                prompts.append(Prompt(i, qa_prompt(view.question, view.context[start:end], style), (start, end)))
+            prompts += windows[i]
         elif i not in asked:
-            prompts.append(Prompt(i, text, (0, len(view.context or ""))))
+            prompts.append(Prompt(i, texts[i], ids[i], (0, len(view.context or ""))))
         else:
             overlong[view.id] = f"max_source_tokens is {max_tokens}, but question {view.id} takes {asked[i]} tokens"
             if view.context is not None:
@@ -141,7 +142,7 @@ def _windows(
     stride: int,
     style: Style,
     told: Sequence[Message],
-) -> dict[int, list[tuple[int, int]]]:
+) -> dict[int, list[Prompt]]:
     """Returns the windows of the views in `rooms`, whose values are the tokens that a window of the context may take.
 
     They are laid out on the tokens of the whole context. Alone, a piece may take one or two more or fewer, where a
@@ -154,21 +155,23 @@ def _windows(
     longest = min([LONG_WORD, *(max(room // 4, 1) for room in rooms.values())])
     breaks = {context: _breaks(context, starts[context], longest) for context in different}
     sharing = dict.fromkeys(rooms, stride)
-    found: dict[int, list[tuple[int, int]]] = {}
+    found: dict[int, list[Prompt]] = {}
     while rooms:
         laid = {i: _lay_out(breaks[contexts[i]], starts[contexts[i]], room, sharing[i]) for i, room in rooms.items()}
         alone = [qa_prompt(views[i].question, contexts[i][start:end], style) for i in laid for start, end in laid[i]]
         shared = [contexts[i][b:c] for i in laid for (_, c), (b, _) in itertools.pairwise(laid[i])]
-        tokens, common = iter(prompt_ids(alone, tokenizer, style, told)), iter(tokenizer.encode_batch(shared))
+        prompts = iter(zip(alone, prompt_ids(alone, tokenizer, style, told), strict=True))
+        common = iter(tokenizer.encode_batch(shared))
         again = {}
         for i, spans in laid.items():
-            excess = max(len(next(tokens)) for _ in spans) - max_tokens
+            windows = [Prompt(i, *next(prompts), span) for span in spans]
+            excess = max(len(window.ids) for window in windows) - max_tokens
             missing = stride - min((len(next(common)) for _ in spans[1:]), default=stride)
             if excess > 0 or 0 < missing <= stride + LONG_WORD - sharing[i]:
                 again[i] = rooms[i] - max(excess, 0)
                 sharing[i] += max(missing, 0)
             else:
-                found[i] = spans
+                found[i] = windows
         rooms = {i: room for i, room in again.items() if room > 0}
     return found
 
@@ -242,12 +245,10 @@ def make_features(
             answered.add(prompt.view)
         kept.append((prompt, answer))
     truncation.lost_answers = len(windows) - len(answered)
-    sources = prompt_ids([prompt.text for prompt, _ in kept], tokenizer, style)
     targets = continuation_ids([qa_target(answer, style) for _, answer in kept], tokenizer, style)
     feature = Feature if style == "t5" else CausalFeature
     features = [
-        feature(views[prompt.view].id, source, target)
-        for (prompt, _), source, target in zip(kept, sources, targets, strict=True)
+        feature(views[prompt.view].id, prompt.ids, target) for (prompt, _), target in zip(kept, targets, strict=True)
     ]
     if context_length is None:
         return features, truncation

@@ -19,7 +19,7 @@ from babl.files import file_hash
 from babl.generation import Engine, GenerationConfig
 from babl.generation.conversation import prompt_style
 from babl.generation.sampling import LOOKUP_TOKENS
-from babl.text.prompts import ANSWER_END, CLEAN_ANSWER_VERSION, Message, clean_answer, prompt_ids, qa_target
+from babl.text.prompts import ANSWER_END, CLEAN_ANSWER_VERSION, Message, clean_answer, qa_target
 
 CHUNK = 256  # views answered and stored together, always the same ones, so that rounding does not depend on a kill
 DECIDING = ("models", "generation", "text", "data", "ops.py", "kernel_choice.py")  # rooms whose code decides an answer
@@ -200,9 +200,7 @@ def _prompts(engine: Engine, views: Sequence[View], limits: PromptLimits) -> tup
 def _chunk(engine: Engine, views: Sequence[View], limits: PromptLimits) -> list[Prediction]:
     prompts, _ = _prompts(engine, views, limits)
     config = GenerationConfig(limits.max_new_tokens, stop_strings=ANSWER_END, prompt_lookup_num_tokens=LOOKUP_TOKENS)
-    style = prompt_style(engine, limits.chat, limits.before)
-    ids = prompt_ids([prompt.text for prompt in prompts], engine.tokenizer, style, limits.before)
-    answers = engine.answer(ids, config)
+    answers = engine.answer([prompt.ids for prompt in prompts], config)
     windows = Counter(prompt.view for prompt in prompts)
     best: dict[int, int] = {}  # view -> the prompt whose answer is likeliest
     for i, prompt in enumerate(prompts):
@@ -210,7 +208,8 @@ def _chunk(engine: Engine, views: Sequence[View], limits: PromptLimits) -> list[
             best[prompt.view] = i
     unanswerable: dict[int, float] = {}
     if limits.no_answer:
-        scores = engine.score([ids[i] for i in best.values()], [qa_target(None, style)] * len(best))
+        style = prompt_style(engine, limits.chat, limits.before)
+        scores = engine.score([prompts[i].ids for i in best.values()], [qa_target(None, style)] * len(best))
         unanswerable = {view: math.exp(sum(tokens)) for view, tokens in zip(best, scores, strict=True)}
     predictions = []
     for k, view in enumerate(views):

@@ -13,7 +13,7 @@ from babl.errors import UserError
 from babl.generation.engine import Engine, prompt_limit
 from babl.models.weights import FAMILIES
 from babl.text import Tokenizer, load_tokenizer
-from babl.text.prompts import Message, Style, chat_ids, prompt_ids, qa_prompt, system_message
+from babl.text.prompts import Message, Style, chat_ids, qa_prompt, system_message
 
 MOST_PROMPT = 2048  # tokens, where the architecture has no bound of its own
 MOST_WINDOWS = 256
@@ -199,7 +199,8 @@ def word_question(
         )
     if len(prompts) > MOST_WINDOWS:
         raise UserError(f"the context takes {len(prompts)} windows of {window} tokens, expected at most {MOST_WINDOWS}")
-    ids = prompt_ids([prompt.text for prompt in prompts], reader.tokenizer, reader.style)
     cut = sum(map(len, reader.tokenizer.encode_batch(unread))) if unread else 0
     limit = reader.most if view.context is None else window
-    return Worded(ids, [prompt.span for prompt in prompts], view.context, dropped, cut, limit, True)
+    return Worded(
+        [prompt.ids for prompt in prompts], [prompt.span for prompt in prompts], view.context, dropped, cut, limit, True
+    )

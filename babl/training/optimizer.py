@@ -14,7 +14,17 @@ from babl.training.schedule import Schedule
 
 @dataclass
 class OptimConfig:
-    """Section [optim] of a run; `max_grad_norm` 0 clips nothing."""
+    """Section [optim] of a run.
+
+    Attributes:
+        name: adamw, or adafactor, T5's own.
+        lr: The highest learning rate.
+        weight_decay: Of matrices, decoupled and relative to the rate.
+        schedule: Of the rate, after the warm-up: see `babl.training.schedule`.
+        warmup_steps: In which the rate rises from 0.
+        max_grad_norm: To which the whole gradient is clipped; 0 clips nothing.
+        label_smoothing: Share of each target that is spread over the vocabulary.
+    """
 
     name: Literal["adamw", "adafactor"] = "adamw"
     lr: NonNegativeFloat = 1e-3

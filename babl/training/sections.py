@@ -29,7 +29,21 @@ class RunConfig:
 
 @dataclass
 class LoopConfig:
-    """How long, how exact, how often; a period of 0 means only at the end."""
+    """Section [train]: how long, how exact, how often; a period of 0 means only at the end.
+
+    Attributes:
+        steps: Updates of the weights.
+        precision: Of the matrix products; weights, summed gradients and optimizer stay in fp32. fp16 is refused.
+        activation_checkpointing: What the backward computes again in place of keeping it: `none`, `selective` (all but
+            the matrix products), `all`.
+        validate_every: Steps between validations.
+        save_every: Steps between checkpoints.
+        keep_last: Newest checkpoints that stay; 0 for all.
+        keep_every: Checkpoints of every so many steps stay for good; 0 for none.
+        async_save: Writes checkpoints while training goes on.
+        preflight: Tries the longest batch, a save and a load before the first step.
+        tensorboard: Writes the log for TensorBoard, too.
+    """
 
     steps: PositiveInt = 1000
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -44,7 +58,7 @@ class LoopConfig:
 
     @property
     def checkpoints_at_once(self) -> int:
-        """The most there are, the one being written included."""
+        """Most checkpoints there at a time, the one being written included."""
         every = self.save_every or self.steps
         saves = math.ceil(self.steps / every)
         for_good = self.steps // math.lcm(every, self.keep_every) if self.keep_every else 0

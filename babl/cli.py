@@ -25,6 +25,8 @@ VERBS = (  # in the order of `babl --help`
     folders.add_export,
     folders.add_info,
     training.add_experiment,
+    training.add_runs,
+    training.add_plot,
     training.add_verify,
     machine.add_doctor,
 )

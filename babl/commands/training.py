@@ -1,6 +1,9 @@
-"""The verbs that train: `demo`, `train`, `experiment`, and `verify`, which proves an edited loop."""
+"""The verbs that train, `demo`, `train`, `experiment` and `verify`; `runs` and `plot`, which look at runs."""
 
 import argparse
+import json
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from babl.commands.options import Verbs, add_kernels, add_verb
@@ -104,3 +107,46 @@ def verify(args: argparse.Namespace) -> int:
     )  # fmt: skip
     rows = prove(request)
     return show(str(script), rows, args.json, summary(rows))
+
+
+def add_runs(verbs: Verbs) -> None:
+    """Adds `babl runs`."""
+    sub = add_verb(verbs, "runs", runs, "the runs here: state, step, losses, time left")
+    sub.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="default runs")
+    sub.add_argument("--json", action="store_true")
+
+
+def runs(args: argparse.Namespace) -> None:
+    """Prints a line for each run."""
+    from babl.training.runs import find_runs
+
+    found = find_runs(args.folder)
+    if args.json:
+        print(json.dumps([asdict(row) for row in found], indent=2))
+        return
+    width = max((len(row.name) for row in found), default=0)
+    for row in found:
+        told = f"{row.name:<{width}}  {row.state:<8} step {row.step:,} of {row.steps:,}"
+        told += "" if row.loss is None else f", loss {row.loss:.4f}"
+        if row.best_validation_loss is not None:
+            told += f", best validation loss {row.best_validation_loss:.4f} at step {row.best_step:,}"
+        if row.state == "running" and row.seconds_left is not None:
+            told += f", about {row.seconds_left / 60:.0f} minutes left"
+        print(told)
+    if not found:
+        print(f"no run in {args.folder}; `babl train CONFIG.toml` begins one", file=sys.stderr)
+
+
+def add_plot(verbs: Verbs) -> None:
+    """Adds `babl plot`."""
+    sub = add_verb(verbs, "plot", plot, "the curves of runs, side by side in one HTML file")
+    sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
+    sub.add_argument("--out", type=Path, default=Path("plot.html"), metavar="FILE.html", help="default plot.html")
+
+
+def plot(args: argparse.Namespace) -> None:
+    """Writes the file and prints its name."""
+    from babl.training.runs import plot_runs
+
+    plot_runs(args.runs, args.out)
+    print(args.out)

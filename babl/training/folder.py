@@ -16,9 +16,9 @@ from babl.models.build import ModelConfig
 from babl.models.weights import FAMILIES
 from babl.text import train_tokenizer
 from babl.text.prompts import Style, qa_prompt
+from babl.training import CHECKPOINTS, CONFIG, METRICS
 from babl.training.checkpoint import written_whole
 
-CONFIG, METRICS, CHECKPOINTS = "run.toml", "metrics.jsonl", "checkpoints"
 LOCK_SECONDS = 5.0  # that the processes of a run which was ended a moment ago may take to be gone
 
 

@@ -149,14 +149,16 @@ def plot_runs(runs: Sequence[Path], file: Path) -> None:
                 else:  # thin: each step; thick: the mean of the last ones
                     axes.plot(steps, values, color=colour, linewidth=0.4, alpha=0.5)
                     axes.plot(steps, _smoothed(values), color=colour, linewidth=2, label=name)
-            axes.set(xlabel="step", ylabel=title)
+            axes.set_title(title, loc="left", fontsize=10)
+            axes.set_xlabel("step")
+            axes.spines["right"].set_visible(False)
             if axes.lines:
                 axes.legend(frameon=False, fontsize=8)
                 stream = io.StringIO()
                 figure.savefig(stream, format="svg", metadata={"Date": None})
                 drawn.append(stream.getvalue()[stream.getvalue().index("<svg") :])
     names = ", ".join(html.escape(name) for name, _ in logs)
-    page = f"<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n<title>{names}</title>\n<h1>{names}</h1>\n"
+    page = f"<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n<title>{names}</title>\n<h1>Runs</h1>\n"
     style = "<style>body { font: 16px sans-serif; max-width: 50rem; margin: 2rem auto } svg { width: 100% }</style>\n"
     try:
         file.write_text(page + style + "\n".join(drawn), encoding="utf-8")

@@ -1,6 +1,7 @@
 """The `babl` command: puts the verbs of babl/commands together, and turns errors into exit codes."""
 
 import argparse
+import os
 import sys
 
 from babl import __version__
@@ -35,6 +36,8 @@ VERBS = (  # in the order of `babl --help`
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb; returns 0, 1 where a run failed, or 2 where the input was wrong."""
     arguments = sys.argv[1:] if argv is None else argv
+    # Threads that spin at barriers lose all their time where another process wants the core; read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     strange = next((each for each in arguments if any("\ud800" <= c <= "\udfff" for c in each)), None)
     if strange is not None:  # bytes that are no text stand in an argument as surrogates, which no tokenizer takes
         print(f"babl: the argument {strange!r} has bytes that are not UTF-8", file=sys.stderr)

@@ -6,7 +6,7 @@
 # module load cuda/12.8
 . .venv/bin/activate
 
-# Or a container, which then holds the software: this prefix goes before every command. See README.md.
+# Or a container, which then holds the software: this prefix goes before every command. See docs/clusters.md.
 container=()
 # container=(apptainer exec --nv --bind "$PWD" babl.sif)
 
@@ -16,6 +16,8 @@ script=${SCRIPT:-scripts/train.py}
 # Processes on each node: one per GPU, or one where there is none.
 processes=${SLURM_GPUS_ON_NODE:-1}
 export OMP_NUM_THREADS=$((${SLURM_CPUS_ON_NODE:-1} / processes > 0 ? ${SLURM_CPUS_ON_NODE:-1} / processes : 1))
+# Threads that wait sleep: spinning ones take the cores from others.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 # The port at which the nodes meet on the first one: another for each job, and none that the system hands out itself
 # (/proc/sys/net/ipv4/ip_local_port_range, mostly from 32768). Where it is taken, train.sbatch takes the next free one.

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -334,3 +337,14 @@ def test_demo_does_not_clear_a_folder_that_is_not_its_own(capsys, tmp_path):
     code, _, err = babl(capsys, "demo", "--out", tmp_path)
     assert code == 2 and "holds something that is not a demo" in err
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(given, found, tmp_path):
+    """It is set before torch is loaded, which reads it then, and handed on to what `babl` starts."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    code = "import os, sys; from babl.cli import main; assert 'torch' not in sys.modules; main(['runs', sys.argv[1]]); "
+    code += "assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{found}\n"

@@ -4,6 +4,7 @@
     python -m babl.scripts.bench lookup MODEL DATA.json
     python -m babl.scripts.bench load
     python -m babl.scripts.bench backends --out benchmarks/backends-cpu.json
+    python -m babl.scripts.bench busy --out benchmarks/busy-cpu.json
     python -m babl.scripts.bench overlap --out benchmarks/overlap-cpu.json
     python -m babl.scripts.bench score --out benchmarks/score-cpu.json
     python -m babl.scripts.bench kernels --table --out benchmarks/kernels-gpu.json

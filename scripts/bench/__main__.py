@@ -8,10 +8,10 @@ from typing import Any
 
 from babl.errors import UserError
 from babl.scripts import bench
-from babl.scripts.bench import backends, dropout, generate, gpu, kernels, load, lookup, overlap, score
+from babl.scripts.bench import backends, busy, dropout, generate, gpu, kernels, load, lookup, overlap, score
 from babl.scripts.bench.turns import machine
 
-JOBS = (generate, lookup, load, dropout, score, backends, overlap, kernels, gpu)
+JOBS = (generate, lookup, load, dropout, score, backends, busy, overlap, kernels, gpu)
 
 
 def main(argv: list[str] | None = None) -> int:
